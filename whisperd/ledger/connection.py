@@ -1,0 +1,136 @@
+"""connection: how the ledger's file is opened, locked and refused.
+
+Owns: pragmas, the write lock, the choice of directory. SQLite 3.7.0 to 3.51.2 can lose a commit when one connection writes while
+another checkpoints (sqlite.org/wal.html, "The WAL-Reset Bug"), so automatic checkpoints are off on every connection and each
+write and each checkpoint, of any process, holds one flock: they can never meet.
+Fails with `StateDirError` (network filesystem, not writable) and `LedgerBroken` (not a ledger, damaged).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import quote
+
+from sqlite_utils import Database
+
+from whisperd.errors import StateDirError, WhisperdError
+from whisperd.ledger.migrations import MIGRATIONS
+
+LEDGER_NAME = "ledger.sqlite3"
+LOCK_NAME = "ledger.lock"
+LOCK_WAIT_S = 30.0
+NETWORK_FILESYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "9p", "ceph", "glusterfs", "lustre", "davfs", "fuse"}
+)
+
+
+class LedgerBroken(WhisperdError):
+    """The ledger's file is not one, or is damaged. It is never replaced silently."""
+
+    code = "ledger_broken"
+
+
+class LedgerBusy(WhisperdError):
+    """Another process holds the write lock for too long."""
+
+    code = "ledger_busy"
+    recoverable = True
+
+
+def filesystem_type(path: str | bytes) -> str:
+    """Type of the filesystem that holds `path` ("ext4", "nfs4", "fuse.sshfs"), from /proc/self/mountinfo; "" when not found."""
+    real = os.fsencode(os.path.realpath(path))
+    best, found = b"", ""
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        for line in mounts:
+            before, _, after = line.partition(b" - ")
+            point = before.split(b" ")[4].replace(b"\\040", b" ")
+            if len(point) >= len(best) and (real == point or real.startswith(point.rstrip(b"/") + b"/")):
+                best, found = point, after.split(b" ")[0].decode()
+    return found
+
+
+def is_network(filesystem: str) -> bool:
+    """Whether files there may be changed by another machine without inotify telling us, or whether locks there cannot be trusted."""
+    return filesystem.split(".", maxsplit=1)[0] in NETWORK_FILESYSTEMS and filesystem != "fuseblk"
+
+
+def open_for_writing(state_dir: str) -> Database:
+    """Open (making and migrating it when needed) the ledger in `state_dir`. Raises StateDirError, LedgerBroken."""
+    filesystem = filesystem_type(state_dir)
+    if is_network(filesystem):
+        raise StateDirError(
+            f"cannot keep the ledger in {state_dir}: it is on a network filesystem ({filesystem})",
+            hint="set state_dir to a directory on a local disk; inboxes may stay on the share",
+        )
+    path = os.path.join(state_dir, LEDGER_NAME)
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, timeout=LOCK_WAIT_S, check_same_thread=False)
+        with write_lock(state_dir):
+            connection.execute("PRAGMA journal_mode = WAL")
+            _common_pragmas(connection)
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            db = Database(connection, use_old_upsert=False)
+            MIGRATIONS.apply(db)
+            known = {migration.name for migration in MIGRATIONS.applied(db)}
+    except sqlite3.DatabaseError as error:
+        raise LedgerBroken(
+            f"cannot open the ledger {path}: {error}",
+            hint="it is left as it is; restore the newest good copy from the backup directory beside it, or move it away to begin anew",
+        ) from error
+    newer = known - {migration.name for migration in MIGRATIONS._migrations}
+    if newer:
+        raise LedgerBroken(f"the ledger {path} was written by a newer whisperd", hint="install that version again")
+    return db
+
+
+def open_for_reading(state_dir: str) -> Database:
+    """Open an existing ledger read-only. Raises StateDirError when there is none, LedgerBroken when it cannot be read."""
+    path = os.path.join(state_dir, LEDGER_NAME)
+    if not os.path.exists(path):
+        raise StateDirError(f"no ledger in {state_dir}", hint="has the daemon run with this configuration yet?")
+    try:
+        connection = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, isolation_level=None, timeout=10, check_same_thread=False)
+        _common_pragmas(connection)
+        connection.execute("SELECT count(*) FROM sqlite_master")
+    except sqlite3.DatabaseError as error:
+        raise LedgerBroken(f"cannot read the ledger {path}: {error}", hint="see docs/operations.md, 'the ledger is damaged'") from error
+    return Database(connection)
+
+
+def _common_pragmas(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+
+
+@contextmanager
+def write_lock(state_dir: str) -> Iterator[None]:
+    """Hold the one lock that writers and checkpoints of all processes share. Raises LedgerBusy, StateDirError."""
+    try:
+        lock = os.open(os.path.join(state_dir, LOCK_NAME), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o660)
+    except OSError as error:
+        raise StateDirError(
+            f"cannot use the state directory {state_dir}: {error.strerror}", hint="it must exist and be writable by this user"
+        ) from error
+    try:
+        _acquire(lock, state_dir)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _acquire(lock: int, state_dir: str) -> None:
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise LedgerBusy(f"the ledger in {state_dir} is locked by another process for {LOCK_WAIT_S:g} s") from None
+            time.sleep(0.002)

@@ -1,0 +1,458 @@
+"""ledger: the verbs. Each arrow of the state diagram is one method, one guarded UPDATE, one event row written by a trigger.
+
+The table `transition` is the only list of legal moves: a verb names itself, the store finds where it leads or refuses.
+Fails with `NoSuchJob`, `IllegalMove` (the job is not where the verb begins), `LeaseLost` (the job runs for somebody else now).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from whisperd.errors import WhisperdError
+from whisperd.ledger.connection import open_for_writing, write_lock
+from whisperd.ledger.queries import Queries
+from whisperd.vocabulary import Failure, FailureKind, JobOptions, Plan, Reading, Sighting, Window
+
+
+class NoSuchJob(WhisperdError):
+    """There is no job of that number."""
+
+    code = "no_such_job"
+
+
+class IllegalMove(WhisperdError):
+    """The verb does not fit the state the job is in."""
+
+    code = "illegal_move"
+
+
+class LeaseLost(WhisperdError):
+    """The job does not run for this child in this life of the daemon."""
+
+    code = "lease_lost"
+
+
+class Ledger(Queries):
+    """Read and write access. One per process that writes; every write is one BEGIN IMMEDIATE transaction under the write lock.
+
+    `epoch` names one life of the daemon: leases of another epoch are dead.
+    """
+
+    def __init__(self, state_dir: str, *, epoch: str) -> None:
+        super().__init__(open_for_writing(state_dir))
+        self.state_dir = state_dir
+        self.epoch = epoch
+        self._depth = 0
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Several verbs as one: all or none."""
+        if self._depth:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+            return
+        with write_lock(self.state_dir):
+            self.db.conn.execute("BEGIN IMMEDIATE")
+            self._depth = 1
+            try:
+                yield
+            except BaseException:
+                self.db.conn.execute("ROLLBACK")
+                raise
+            else:
+                self.db.conn.execute("COMMIT")
+            finally:
+                self._depth = 0
+
+    def _move(self, verb: str, job: int, now: float, *, child: str | None = None, note: str = "", **changes: Any) -> None:
+        """The one guarded UPDATE behind every verb. Raises NoSuchJob, IllegalMove, LeaseLost."""
+        sets = "".join(f", {column} = :{column}" for column in changes)
+        lease = " AND lease_child = :by_child AND lease_epoch = :by_epoch" if child is not None else ""
+        with self.transaction():
+            try:
+                cursor = self.db.conn.execute(
+                    "UPDATE job SET verb = :verb, note = :note, updated_at = :now,"
+                    f" state = (SELECT to_state FROM transition WHERE verb = :verb AND from_state = job.state){sets}"
+                    f" WHERE id = :job AND state IN (SELECT from_state FROM transition WHERE verb = :verb){lease}",
+                    {"verb": verb, "note": note, "now": now, "job": job, "by_child": child, "by_epoch": self.epoch, **changes},
+                )
+            except sqlite3.IntegrityError as error:
+                raise IllegalMove(f"cannot {verb} job {job}: {error}") from error
+            if cursor.rowcount != 1:
+                self._refuse(verb, job, child)
+
+    def _refuse(self, verb: str, job: int, child: str | None) -> None:
+        rows = list(self.db.query("SELECT state, lease_child, lease_epoch FROM job WHERE id = ?", [job]))
+        if not rows:
+            raise NoSuchJob(f"cannot {verb} job {job}: there is none", hint="`whisperd jobs` lists them")
+        row = rows[0]
+        if child is not None and row["state"] == "running":
+            raise LeaseLost(f"cannot {verb} job {job} for {child}: it runs for {row['lease_child']} now")
+        raise IllegalMove(f"cannot {verb} job {job}: it is {row['state']}")
+
+    # --- inboxes ---
+
+    def register_inbox(self, path: bytes, outbox: bytes, now: float) -> int:
+        """Know an inbox (again); its number stays the same for ever."""
+        with self.transaction():
+            self.db.conn.execute(
+                "INSERT INTO inbox (path, outbox, since) VALUES (?, ?, ?)"
+                " ON CONFLICT (path) DO UPDATE SET outbox = excluded.outbox, active = 1",
+                [path, outbox, now],
+            )
+            return int(self.db.conn.execute("SELECT id FROM inbox WHERE path = ?", [path]).fetchone()[0])
+
+    def retire_inboxes(self, keep: Sequence[int]) -> None:
+        """Inboxes that the configuration no longer names; their jobs and history stay."""
+        with self.transaction():
+            marks = ",".join("?" * len(keep))
+            self.db.conn.execute(f"UPDATE inbox SET active = id IN ({marks})", list(keep))
+
+    def inbox_up(self, inbox: int, now: float) -> None:
+        with self.transaction():
+            self.db.conn.execute(
+                "UPDATE inbox SET scanned_at = :now, since = CASE state WHEN 'up' THEN since ELSE :now END, state = 'up', what = ''"
+                " WHERE id = :inbox",
+                {"now": now, "inbox": inbox},
+            )
+
+    def inbox_down(self, inbox: int, what: str, now: float) -> None:
+        with self.transaction():
+            self.db.conn.execute(
+                "UPDATE inbox SET since = CASE state WHEN 'down' THEN since ELSE :now END, state = 'down', what = :what WHERE id = :inbox",
+                {"now": now, "inbox": inbox, "what": what},
+            )
+
+    # --- seen, ready ---
+
+    def see(self, inbox: int, sighting: Sighting, now: float) -> int:
+        """A file was seen and is not settled. A live job whose content has changed since is gone (replaced), and a new one begins."""
+        with self.transaction():
+            live = self.live_job(inbox, sighting.path)
+            if live is not None and live["state"] == "seen":
+                self._move("see", live["id"], now, **_identity(sighting))
+                return int(live["id"])
+            if live is not None:
+                if _sighting(live).same_content(sighting):
+                    return int(live["id"])
+                self.vanish(live["id"], now, note="the file was replaced")
+            row = {
+                "inbox_id": inbox,
+                "path": sighting.path,
+                **_identity(sighting),
+                "state": "seen",
+                "verb": "see",
+                "updated_at": now,
+                "seen_at": now,
+            }
+            return int(self.db.conn.execute(_insert("job", row), row).lastrowid or 0)
+
+    def settle(self, job: int, sighting: Sighting, options: JobOptions, now: float, *, priority: int = 1) -> None:
+        """seen → ready: the file has not changed for the quiet period."""
+        self._move("settle", job, now, options=_json(options), priority=priority, ready_at=now, not_before=now, **_identity(sighting))
+
+    def vanish(self, job: int, now: float, *, note: str = "the file is gone from the inbox") -> None:
+        """seen, ready, running → gone."""
+        with self.transaction():
+            self._move("vanish", job, now, note=note, ended_at=now, **_NO_LEASE)
+            self._forget_checkpoints(job)
+
+    # --- running ---
+
+    def claim(self, job: int, child: str, now: float, *, lease_s: float) -> None:
+        """ready → running, the attempt counted before its work begins."""
+        with self.transaction():
+            attempts = self.job(job)["attempts"] if self.exists(job) else 0
+            self._move(
+                "claim",
+                job,
+                now,
+                note=child,
+                lease_child=child,
+                lease_epoch=self.epoch,
+                lease_until=now + lease_s,
+                started_at=now,
+                attempts=attempts + 1,
+            )
+
+    def checkpoint(self, job: int, child: str, window: Window, now: float, *, lease_s: float, duration_s: float | None = None) -> None:
+        """Keep one finished window; it is the lease's heartbeat, too. The same window again changes nothing."""
+        with self.transaction():
+            self._move("checkpoint", job, now, child=child, lease_until=now + lease_s, position_s=window.end_s, duration_s=duration_s)
+            self.db.conn.execute(
+                "INSERT OR IGNORE INTO checkpoint (job_id, window_index, end_s, body) VALUES (?, ?, ?, ?)",
+                [job, window.index, window.end_s, _json(window)],
+            )
+
+    def progress(self, job: int, child: str, position_s: float, duration_s: float | None, now: float, *, lease_s: float) -> None:
+        """The recording was read further."""
+        self._move("progress", job, now, child=child, lease_until=now + lease_s, position_s=position_s, duration_s=duration_s)
+
+    def release(self, job: int, child: str, failure: Failure, now: float, *, not_before: float, tail: str = "") -> None:
+        """running → ready: try again later; the attempt stays counted."""
+        self._move("release", job, now, child=child, note=failure.what, not_before=not_before, **_NO_LEASE, **_failure(failure, tail))
+
+    def interrupt(self, job: int, child: str, why: str, now: float) -> None:
+        """running → ready at once: what stopped the work was not the file's fault, so the attempt is given back."""
+        self._give_back("interrupt", job, child, now, note=why, not_before=now)
+
+    def wait(self, job: int, child: str, failure: Failure, now: float, *, not_before: float) -> None:
+        """running → ready: something that is not the file is absent; no attempt is spent."""
+        self._give_back("wait", job, child, now, note=failure.what, not_before=not_before, **_failure(failure, ""))
+
+    def _give_back(self, verb: str, job: int, child: str, now: float, *, note: str, **changes: Any) -> None:
+        with self.transaction():
+            row = self.job(job) if self.exists(job) else {"attempts": 1, "interruptions": 0}
+            self._move(
+                verb,
+                job,
+                now,
+                child=child,
+                note=note,
+                attempts=max(0, row["attempts"] - 1),
+                interruptions=row["interruptions"] + (verb == "interrupt"),
+                **_NO_LEASE,
+                **changes,
+            )
+
+    def interrupt_other_epochs(self, now: float) -> list[int]:
+        """At start: what a former life of the daemon left running is ready again."""
+        with self.transaction():
+            rows = list(self.db.query("SELECT id FROM job WHERE state = 'running' AND lease_epoch <> ?", [self.epoch]))
+            self.db.conn.execute(
+                "UPDATE job SET verb = 'interrupt', note = 'the daemon ended while it ran', updated_at = :now, state = 'ready',"
+                " attempts = max(0, attempts - 1), interruptions = interruptions + 1, not_before = :now,"
+                " lease_child = NULL, lease_epoch = NULL, lease_until = NULL WHERE state = 'running' AND lease_epoch <> :epoch",
+                {"now": now, "epoch": self.epoch},
+            )
+            return [row["id"] for row in rows]
+
+    def finish(
+        self, job: int, child: str, now: float, *, transcript: str, sha256: str, duration_s: float, language: str, process_s: float
+    ) -> None:
+        """running → transcribed: the transcript is staged and durable, so the windows are no longer needed."""
+        with self.transaction():
+            self._move(
+                "finish",
+                job,
+                now,
+                child=child,
+                transcript=transcript,
+                sha256=sha256,
+                duration_s=duration_s,
+                position_s=duration_s,
+                language=language,
+                process_s=process_s,
+                **_NO_LEASE,
+            )
+            self._forget_checkpoints(job)
+
+    def fail(self, job: int, child: str, failure: Failure, now: float, *, tail: str = "") -> None:
+        """running → failed: no further attempt; an error file will say so in the outbox."""
+        if failure.kind is FailureKind.WAITING:
+            raise IllegalMove(f"cannot fail job {job} for something that is waited for: {failure.what}")
+        self._move("fail", job, now, child=child, note=failure.what, ended_at=now, **_NO_LEASE, **_failure(failure, tail))
+
+    # --- publishing ---
+
+    def reserve_name(self, job: int, outbox: bytes, candidates: Sequence[bytes], kind: str) -> bytes:
+        """The first of `candidates` that no other source owns, kept for this source for ever. Raises IllegalMove when none is free."""
+        with self.transaction():
+            row = self.job(job)
+            owner = {"inbox_id": row["inbox_id"], "path": row["path"], "kind": kind}
+            kept = list(self.db.query("SELECT base FROM name WHERE inbox_id = :inbox_id AND path = :path AND kind = :kind", owner))
+            if kept:
+                return bytes(kept[0]["base"])
+            for base in candidates:
+                with contextlib.suppress(sqlite3.IntegrityError):
+                    values = {"outbox": outbox, "base": base, **owner}
+                    self.db.conn.execute(_insert("name", values), values)
+                    return base
+            raise IllegalMove(f"cannot name the {kind} of job {job}: all {len(candidates)} names are taken")
+
+    def avoid_name(self, job: int, outbox: bytes, base: bytes) -> None:
+        """A file that is not ours stands at this name: it is not offered again."""
+        with self.transaction():
+            self.db.conn.execute("UPDATE name SET kind = 'avoided' WHERE outbox = ? AND base = ?", [outbox, base])
+
+    def publish(self, job: int, outbox: bytes, files: Sequence[tuple[bytes, str, str]], now: float) -> None:
+        """transcribed → done; `files` are (path, format, sha256) as they stand in the outbox."""
+        with self.transaction():
+            self._publications(job, outbox, files, now)
+            self._move("publish", job, now, ended_at=now)
+
+    def report(self, job: int, outbox: bytes, files: Sequence[tuple[bytes, str, str]], now: float) -> None:
+        """failed, and now its error file is in the outbox."""
+        with self.transaction():
+            self._move("report", job, now, reported_at=now)
+            self._publications(job, outbox, files, now)
+
+    def _publications(self, job: int, outbox: bytes, files: Sequence[tuple[bytes, str, str]], now: float) -> None:
+        for path, kind, sha256 in files:
+            row = {"outbox": outbox, "path": path, "job_id": job, "format": kind, "sha256": sha256, "published_at": now}
+            self.db.conn.execute(_insert("publication", row).replace("INSERT", "INSERT OR REPLACE"), row)
+
+    # --- the operator ---
+
+    def retry(self, job: int, now: float) -> None:
+        """failed, cancelled → ready, with a clean slate of attempts."""
+        self._move(
+            "retry",
+            job,
+            now,
+            note="asked for by the operator",
+            attempts=0,
+            interruptions=0,
+            not_before=now,
+            ended_at=None,
+            reported_at=None,
+            **_NO_FAILURE,
+        )
+
+    def cancel(self, job: int, now: float) -> None:
+        """ready, running → cancelled."""
+        self._move("cancel", job, now, note="asked for by the operator", ended_at=now, **_NO_LEASE)
+
+    # --- what the daemon observes ---
+
+    def record_readings(self, readings: Sequence[Reading], now: float) -> None:
+        with self.transaction():
+            for reading in readings:
+                row = {
+                    "at": now,
+                    "gpu": reading.gpu,
+                    "status": reading.status,
+                    "what": reading.what,
+                    "vram_total_mib": reading.vram_total_mib,
+                    "vram_used_mib": reading.vram_used_mib,
+                    "utilisation_percent": reading.utilisation_percent,
+                    "temperature_c": reading.temperature_c,
+                }
+                self.db.table("reading").insert(row)
+
+    def record_plan(self, plan: Plan, now: float) -> None:
+        with self.transaction():
+            self.db.table("plan").insert({"at": now, "workers": plan.workers, "reason": plan.reason})
+
+    def record_throughput(self, job: int, *, workers: int, audio_s: float, wall_s: float, now: float) -> None:
+        with self.transaction():
+            self.db.table("throughput").insert({"at": now, "job_id": job, "workers": workers, "audio_s": audio_s, "wall_s": wall_s})
+
+    def raise_alert(self, check: str, what: str, now: float) -> bool:
+        """Open an alert; False when it is open already."""
+        with self.transaction():
+            cursor = self.db.conn.execute("INSERT OR IGNORE INTO alert (check_name, what, raised_at) VALUES (?, ?, ?)", [check, what, now])
+            return cursor.rowcount == 1
+
+    def clear_alert(self, check: str, now: float) -> bool:
+        """Close an alert; False when none is open."""
+        with self.transaction():
+            cursor = self.db.conn.execute("UPDATE alert SET cleared_at = ? WHERE check_name = ? AND cleared_at IS NULL", [now, check])
+            return cursor.rowcount == 1
+
+    def say(self, topic: str, body: dict[str, Any], now: float) -> None:
+        """Tell the desk something of the daemon itself (its pid, its plan, its children)."""
+        with self.transaction():
+            self.db.table("daemon").upsert({"topic": topic, "at": now, "body": json.dumps(body)}, pk="topic")
+
+    # --- upkeep ---
+
+    def truncate_wal(self) -> bool:
+        """Checkpoint the WAL into the file; False when a reader was in the way (the next one will do)."""
+        with write_lock(self.state_dir):
+            busy, _, _ = self.db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return not busy
+
+    def prune(self, *, readings_before: float, events_before: float) -> int:
+        """Drop old readings, throughput samples and the history of jobs that ended before; jobs themselves stay. Returns rows dropped."""
+        with self.transaction():
+            dropped = 0
+            for statement in (
+                "DELETE FROM reading WHERE at < ?",
+                "DELETE FROM throughput WHERE at < ?",
+                "DELETE FROM plan WHERE at < ? AND id <> (SELECT max(id) FROM plan)",
+            ):
+                dropped += self.db.conn.execute(statement, [readings_before]).rowcount
+            dropped += self.db.conn.execute(
+                "DELETE FROM event WHERE job_id IN (SELECT id FROM job WHERE ended_at < ?)", [events_before]
+            ).rowcount
+            return dropped
+
+    def backup(self, target: str) -> None:
+        """Copy the whole ledger while it is in use; the copy appears whole under its name or not at all."""
+        partial = target + ".partial"
+        with contextlib.closing(sqlite3.connect(partial)) as copy:
+            self.db.conn.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, target)
+
+    def close(self) -> None:
+        """The last connection checkpoints when it closes, so closing holds the lock as any checkpoint does."""
+        with write_lock(self.state_dir):
+            self.db.conn.close()
+
+    def _forget_checkpoints(self, job: int) -> None:
+        self.db.conn.execute("DELETE FROM checkpoint WHERE job_id = ?", [job])
+
+
+_NO_LEASE: dict[str, Any] = {"lease_child": None, "lease_epoch": None, "lease_until": None}
+_NO_FAILURE: dict[str, Any] = {
+    "failure_kind": None,
+    "failure_code": None,
+    "failure_what": None,
+    "failure_hint": None,
+    "failure_tail": "",
+}
+
+
+def _failure(failure: Failure, tail: str) -> dict[str, Any]:
+    return {
+        "failure_kind": failure.kind.value,
+        "failure_code": failure.code,
+        "failure_what": failure.what,
+        "failure_hint": failure.hint,
+        "failure_tail": tail,
+    }
+
+
+def _identity(sighting: Sighting) -> dict[str, Any]:
+    return {
+        "dev": _signed(sighting.dev),
+        "inode": _signed(sighting.inode),
+        "size": sighting.size,
+        "mtime_ns": sighting.mtime_ns,
+        "ctime_ns": sighting.ctime_ns,
+    }
+
+
+def _signed(number: int) -> int:
+    """SQLite integers are signed 64-bit; some network filesystems use inode numbers above that."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _sighting(row: dict[str, Any]) -> Sighting:
+    return Sighting(**{name: row[name] for name in ("path", "dev", "inode", "size", "mtime_ns", "ctime_ns")})
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _insert(table: str, row: dict[str, Any]) -> str:
+    return f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join(':' + column for column in row)})"

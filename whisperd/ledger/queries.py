@@ -1,0 +1,182 @@
+"""queries: everything that is read from the ledger. Never writes; works on a read-only connection as well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from sqlite_utils import Database
+
+from whisperd.ledger.connection import open_for_reading
+from whisperd.vocabulary import JobOptions, State, Window
+
+Row = dict[str, Any]
+
+JOB_COLUMNS = "job.*, inbox.path AS inbox_path, inbox.outbox AS outbox"
+_JOBS = f"SELECT {JOB_COLUMNS} FROM job JOIN inbox ON inbox.id = job.inbox_id"
+
+
+class Queries:
+    """Read access to one ledger."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+
+    @classmethod
+    def open(cls, state_dir: str) -> Queries:
+        """Open read-only. Raises StateDirError, LedgerBroken."""
+        return cls(open_for_reading(state_dir))
+
+    def close(self) -> None:
+        self.db.conn.close()
+
+    def data_version(self) -> int:
+        """Changes when another connection has committed: how the daemon notices the command line."""
+        return int(self.db.conn.execute("PRAGMA data_version").fetchone()[0])
+
+    # --- jobs ---
+
+    def exists(self, job: int) -> bool:
+        return bool(self.db.table("job").count_where("id = ?", [job]))
+
+    def job(self, job: int) -> Row:
+        """One job with the paths of its inbox and outbox. Raises LookupError."""
+        for row in self.db.query(f"{_JOBS} WHERE job.id = ?", [job]):
+            return row
+        raise LookupError(f"no job {job}")
+
+    def jobs(self, *, state: str | None = None, inbox: bytes | None = None, limit: int = -1, newest: bool = False) -> Iterator[Row]:
+        where = [clause for clause, wanted in (("state = :state", state), ("inbox.path = :inbox", inbox)) if wanted is not None]
+        order = "DESC" if newest else "ASC"
+        condition = f" WHERE {' AND '.join(where)}" if where else ""
+        parameters = {key: value for key, value in (("state", state), ("inbox", inbox)) if value is not None}
+        return self.db.query(f"{_JOBS}{condition} ORDER BY job.id {order} LIMIT :limit", {**parameters, "limit": limit})
+
+    def live_job(self, inbox: int, path: bytes) -> Row | None:
+        """The one job of a path whose source is still needed."""
+        rows = self.db.table("job").rows_where("inbox_id = ? AND path = ? AND state IN ('seen', 'ready', 'running')", [inbox, path])
+        return next(iter(rows), None)
+
+    def latest_per_path(self, inbox: int) -> Iterator[Row]:
+        """What is known of every path of an inbox: the newest job of each."""
+        return self.db.query(
+            "SELECT path, dev, inode, size, mtime_ns, ctime_ns, state, max(id) AS id FROM job WHERE inbox_id = ? GROUP BY path", [inbox]
+        )
+
+    def ready(self, now: float, limit: int = 500) -> list[Row]:
+        """Jobs that may run now, in active inboxes that are up."""
+        return list(
+            self.db.query(
+                f"{_JOBS} WHERE job.state = 'ready' AND job.not_before <= :now AND inbox.state = 'up' AND inbox.active = 1"
+                " ORDER BY job.priority, job.not_before, job.id LIMIT :limit",
+                {"now": now, "limit": limit},
+            )
+        )
+
+    def next_wake(self) -> float | None:
+        """When the earliest postponed job may run."""
+        row = self.db.conn.execute(
+            "SELECT min(not_before) FROM job JOIN inbox ON inbox.id = inbox_id WHERE job.state = 'ready' AND inbox.active = 1"
+        ).fetchone()
+        return None if row[0] is None else float(row[0])
+
+    def running(self) -> list[Row]:
+        return list(self.jobs(state="running"))
+
+    def unpublished(self, limit: int = 200) -> list[Row]:
+        """Work for the outboxes: transcripts, and failures whose error file is not out yet; oldest first."""
+        return list(
+            self.db.query(
+                f"{_JOBS} WHERE (job.state = 'transcribed' OR (job.state = 'failed' AND job.reported_at IS NULL)) AND inbox.active = 1"
+                " ORDER BY job.id LIMIT ?",
+                [limit],
+            )
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Number of jobs in every state (zeros included)."""
+        found = {row["state"]: row["n"] for row in self.db.query("SELECT state, count(*) AS n FROM job GROUP BY state")}
+        return {state.value: found.get(state.value, 0) for state in State}
+
+    def open_work(self) -> dict[str, int]:
+        """What has to happen before a drained daemon may end, by what it waits for; only inboxes in use count."""
+        row = next(
+            self.db.query(
+                "SELECT coalesce(sum(job.state = 'seen'), 0) AS seen, coalesce(sum(job.state = 'ready'), 0) AS ready,"
+                " coalesce(sum(job.state = 'running'), 0) AS running,"
+                " coalesce(sum(job.state = 'transcribed' OR (job.state = 'failed' AND job.reported_at IS NULL)), 0) AS unpublished"
+                " FROM job JOIN inbox ON inbox.id = job.inbox_id WHERE inbox.active = 1"
+                " AND job.state IN ('seen', 'ready', 'running', 'transcribed', 'failed')"
+            )
+        )
+        return dict(row)
+
+    def options(self, row: Row) -> JobOptions:
+        return msgspec.json.decode(row["options"], type=JobOptions)
+
+    def windows(self, job: int) -> list[Window]:
+        """Finished windows of a job, in order."""
+        rows = self.db.table("checkpoint").rows_where("job_id = ?", [job], order_by="window_index")
+        return [msgspec.json.decode(row["body"], type=Window) for row in rows]
+
+    def events(self, job: int) -> list[Row]:
+        return list(self.db.table("event").rows_where("job_id = ?", [job], order_by="id"))
+
+    def publications(self, job: int) -> list[Row]:
+        return list(self.db.table("publication").rows_where("job_id = ?", [job], order_by="path"))
+
+    def publications_of_source(self, inbox: int, path: bytes) -> list[Row]:
+        """Everything any version of this source has in the outbox."""
+        return list(
+            self.db.query(
+                "SELECT publication.* FROM publication JOIN job ON job.id = publication.job_id WHERE job.inbox_id = ? AND job.path = ?",
+                [inbox, path],
+            )
+        )
+
+    # --- the rest ---
+
+    def inboxes(self, *, active_only: bool = True) -> list[Row]:
+        return list(self.db.table("inbox").rows_where("active = 1" if active_only else None, order_by="id"))
+
+    def heard(self, topic: str) -> tuple[float, Row] | None:
+        """What the daemon last said on a topic, and when."""
+        for row in self.db.table("daemon").rows_where("topic = ?", [topic]):
+            return row["at"], json.loads(row["body"])
+        return None
+
+    def last_plans(self, limit: int = 10) -> list[Row]:
+        return list(self.db.table("plan").rows_where(order_by="id desc", limit=limit))
+
+    def latest_readings(self) -> list[Row]:
+        """The newest reading of every GPU (or the one that says why there is none)."""
+        return list(self.db.query("SELECT *, max(id) FROM reading GROUP BY gpu ORDER BY gpu"))
+
+    def open_alerts(self) -> list[Row]:
+        return list(self.db.table("alert").rows_where("cleared_at IS NULL", order_by="raised_at"))
+
+    def outcomes_since(self, since: float) -> dict[str, int]:
+        """How many jobs ended done and failed since then."""
+        rows = self.db.query(
+            "SELECT state, count(*) AS n FROM job WHERE state IN ('done', 'failed') AND ended_at >= ? GROUP BY state", [since]
+        )
+        found = {row["state"]: row["n"] for row in rows}
+        return {"done": found.get("done", 0), "failed": found.get("failed", 0)}
+
+    def oldest_ready_at(self) -> float | None:
+        row = self.db.conn.execute(
+            "SELECT min(ready_at) FROM job JOIN inbox ON inbox.id = inbox_id WHERE job.state = 'ready' AND inbox.active = 1"
+        ).fetchone()
+        return None if row[0] is None else float(row[0])
+
+    def throughput_since(self, since: float) -> tuple[float, float]:
+        """Audio seconds and working seconds of the jobs that finished since then."""
+        row = self.db.conn.execute("SELECT coalesce(sum(audio_s), 0), coalesce(sum(wall_s), 0) FROM throughput WHERE at >= ?", [since])
+        audio_s, wall_s = row.fetchone()
+        return float(audio_s), float(wall_s)
+
+    def integrity(self) -> str:
+        """'ok', or what SQLite found."""
+        return str(self.db.conn.execute("PRAGMA integrity_check").fetchone()[0])

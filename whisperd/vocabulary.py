@@ -1,0 +1,186 @@
+"""vocabulary: the nouns of whisperd, as frozen values.
+
+Owns: Sighting, State, Failure, Job options, Segment, Window, Transcript, Reading, Plan. No behaviour beyond what follows from
+the values themselves. All are msgspec structs: they travel over the wire and into the ledger as strict, typed JSON.
+Times are seconds since the epoch (`_at`), durations and positions in a recording are seconds (`_s`), names are bytes.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Noun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every value here: immutable, strict when decoded."""
+
+
+class State(StrEnum):
+    """Where a job stands; the arrows between the states are rows of the ledger's `transition` table."""
+
+    SEEN = "seen"
+    READY = "ready"
+    RUNNING = "running"
+    TRANSCRIBED = "transcribed"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    GONE = "gone"
+
+
+LIVE = (State.SEEN, State.READY, State.RUNNING)
+"""States in which the source is still needed: at most one such job for a path."""
+
+
+class FailureKind(StrEnum):
+    """What a failure means for the next attempt (DESIGN §4, retry policy)."""
+
+    PERMANENT = "permanent"  # no audio, corrupt, refused: trying again cannot help
+    TRANSIENT = "transient"  # worker died, out of memory, timeout: try again, a bounded number of times
+    WAITING = "waiting"  # share, disk, GPU or model absent: no attempt is spent
+
+
+class Failure(Noun, frozen=True):
+    """Why something did not work: a stable code, a sentence, and what to do."""
+
+    kind: FailureKind
+    code: str
+    what: str
+    hint: str = ""
+
+
+class Sighting(Noun, frozen=True):
+    """One file as a scan saw it. `path` is relative to the inbox, in bytes."""
+
+    path: bytes
+    dev: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    def same_content(self, other: Sighting) -> bool:
+        """Whether nothing suggests that the content differs. A device or inode number alone does not: remounts change both."""
+        return (self.size, self.mtime_ns) == (other.size, other.mtime_ns)
+
+
+class JobOptions(Noun, frozen=True):
+    """What was asked for one file, frozen when it settles; part of the provenance of its transcript."""
+
+    model: str = "auto"
+    language: str = "auto"
+    task: str = "transcribe"
+    beam_size: int = 5
+    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    initial_prompt: str = ""
+    hotwords: str = ""
+    word_timestamps: bool = False
+    window_s: float = 30.0
+    vad_threshold: float = 0.5
+    vad_min_silence_s: float = 0.5
+    formats: tuple[str, ...] = ("txt", "srt", "json")
+
+
+class Word(Noun, frozen=True):
+    """One word with its place in the recording."""
+
+    start_s: float
+    end_s: float
+    text: str
+    probability: float
+
+
+class Segment(Noun, frozen=True):
+    """A stretch of text with its place in the recording and the decoder's own confidence in it."""
+
+    start_s: float
+    end_s: float
+    text: str
+    avg_logprob: float = 0.0
+    no_speech_prob: float = 0.0
+    compression_ratio: float = 0.0
+    temperature: float = 0.0
+    words: tuple[Word, ...] = ()
+
+
+class Window(Noun, frozen=True):
+    """At most 30 s of audio cut at speech boundaries, decoded: the unit of checkpoint and resume."""
+
+    index: int
+    start_s: float
+    end_s: float
+    language: str
+    language_probability: float
+    segments: tuple[Segment, ...]
+
+
+class Summary(Noun, frozen=True):
+    """What the engine knows of a whole recording once its last window is done."""
+
+    duration_s: float
+    speech_s: float
+    windows: int
+    source_sha256: str
+    container: str
+    codec: str
+    model: str
+    model_revision: str
+    device: str
+    compute_type: str
+    engine_version: str
+
+
+class Transcript(Noun, frozen=True):
+    """The text of one recording with its provenance (FEATURES F102). Holds no clock time: the same work gives the same bytes."""
+
+    source: str
+    size: int
+    language: str
+    language_probability: float
+    segments: tuple[Segment, ...]
+    options: JobOptions
+    summary: Summary
+    mtime_ns: int
+    schema: str = "whisperd.transcript/1"
+
+
+def assemble(*, source: str, size: int, mtime_ns: int, windows: list[Window], options: JobOptions, summary: Summary) -> Transcript:
+    """Make one transcript of the windows, in order. The language is that of most of the decoded audio."""
+    ordered = sorted(windows, key=lambda window: window.index)
+    spoken: dict[str, float] = {}
+    for window in ordered:
+        spoken[window.language] = spoken.get(window.language, 0.0) + window.end_s - window.start_s
+    language = max(spoken, key=lambda name: spoken[name]) if spoken else options.language.replace("auto", "")
+    sure = [window.language_probability for window in ordered if window.language == language]
+    return Transcript(
+        source=source,
+        size=size,
+        mtime_ns=mtime_ns,
+        language=language,
+        language_probability=round(sum(sure) / len(sure), 4) if sure else 0.0,
+        segments=tuple(segment for window in ordered for segment in window.segments),
+        options=options,
+        summary=summary,
+    )
+
+
+class Reading(Noun, frozen=True):
+    """What the probe saw of one GPU, or why it saw none. Unknown figures are None, never zero."""
+
+    gpu: str  # UUID, or "" when there is no GPU at all
+    status: str  # "ok", "no_gpu", "no_driver", "lost", "mismatch", "unknown"
+    what: str
+    name: str = ""
+    driver: str = ""
+    vram_total_mib: int | None = None
+    vram_used_mib: int | None = None
+    utilisation_percent: int | None = None
+    temperature_c: int | None = None
+
+
+class Plan(Noun, frozen=True):
+    """How many engine children should live, and why. Made by settings for now, by the optimiser later."""
+
+    workers: int
+    reason: str

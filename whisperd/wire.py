@@ -1,0 +1,460 @@
+"""wire: typed frames between the daemon and its children, with descriptor passing.
+
+Owns: every message (a tagged msgspec struct) and `Channel`, one end of a Unix stream socket.
+A frame is a 4-byte big-endian length, a 1-byte count of descriptors that ride with it, and JSON. No pickle: a child that parsed
+hostile media is not trusted, so whatever it sends is decoded strictly into the few types the daemon expects of it.
+Fails with `WireClosed` when the other side is gone and `WireBroken` when it does not keep to the protocol.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import os
+import select
+import signal
+import socket
+import struct
+from collections import deque
+from collections.abc import Iterator
+from typing import ClassVar, Generic, TypeVar
+
+import msgspec
+
+from whisperd.errors import WhisperdError
+from whisperd.vocabulary import Failure, JobOptions, Reading, Sighting, Summary, Window
+
+FRAME_BYTES_MAX = 64 * 1024 * 1024
+DESCRIPTORS_MAX = 8
+_HEADER = struct.Struct("!IB")
+
+
+class WireClosed(WhisperdError):
+    """The other side closed its end: a child ended, or the daemon did."""
+
+    code = "wire_closed"
+    recoverable = True
+
+
+class WireBroken(WhisperdError):
+    """The other side sent what no honest side would send."""
+
+    code = "wire_broken"
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every frame."""
+
+
+# --- daemon → any child --------------------------------------------------------------------------------------------------------
+
+
+class Stop(Message, frozen=True):
+    """Finish what must not be left half done, then end."""
+
+
+# --- watcher -------------------------------------------------------------------------------------------------------------------
+
+
+class WatchInbox(Message, frozen=True):
+    """daemon → watcher: the inbox to watch, and how."""
+
+    inbox: int
+    path: bytes
+    ledger: str
+    exclude: tuple[bytes, ...]  # absolute directories below the inbox that are not part of it (an outbox)
+    include: tuple[str, ...]
+    ignore: tuple[str, ...]
+    recursive: bool
+    events: str  # "auto", "native", "polling"
+    quiet_s: float
+    rescan_s: float
+    poll_s: float
+
+
+class OpenSource(Message, frozen=True):
+    """daemon → watcher: open this file, if it is still the one that settled."""
+
+    job: int
+    sighting: Sighting
+
+
+class ScanNow(Message, frozen=True):
+    """daemon → watcher: look now, do not wait for the next scan."""
+
+
+class WatcherReady(Message, frozen=True):
+    """watcher → daemon: the first scan may begin."""
+
+    events: str
+
+
+class Sightings(Message, frozen=True):
+    """watcher → daemon: what changed since the last report."""
+
+    seen: tuple[Sighting, ...] = ()
+    settled: tuple[Sighting, ...] = ()
+    vanished: tuple[bytes, ...] = ()
+
+
+class Scanned(Message, frozen=True):
+    """watcher → daemon: one scan is over; `unsettled` files are still waited for, `left_out` are not recordings by their name."""
+
+    files: int
+    unsettled: int
+    left_out: int
+    took_s: float
+
+
+class InboxDown(Message, frozen=True):
+    """watcher → daemon: the inbox cannot be listed; its jobs wait."""
+
+    what: str
+    hint: str
+
+
+class SourceOpened(Message, frozen=True):
+    """watcher → daemon, with one descriptor."""
+
+    job: int
+
+
+class SourceLost(Message, frozen=True):
+    """watcher → daemon: the file cannot be opened. `reason`: gone, changed, denied, down."""
+
+    job: int
+    reason: str
+    what: str
+
+
+WatcherIn = WatchInbox | OpenSource | ScanNow | Stop
+WatcherOut = WatcherReady | Sightings | Scanned | InboxDown | SourceOpened | SourceLost
+
+
+# --- engine --------------------------------------------------------------------------------------------------------------------
+
+
+class LoadModel(Message, frozen=True):
+    """daemon → engine: the one model of this child's life, and the caps on what media may ask of it."""
+
+    model: str
+    device: str
+    compute_type: str
+    cpu_threads: int
+    cache_dir: str
+    offline: bool
+    duration_max_s: float
+    channels_max: int
+    rate_max_hz: int
+
+
+class EngineReady(Message, frozen=True):
+    """engine → daemon: the model is loaded and `slots` jobs may be sent."""
+
+    model: str
+    device: str
+    compute_type: str
+    slots: int
+    load_s: float
+
+
+class BootFailed(Message, frozen=True):
+    """engine → daemon: no model, so no work; no job is to blame."""
+
+    failure: Failure
+
+
+class Transcribe(Message, frozen=True):
+    """daemon → engine, with the source's descriptor: one job, from its first window or from the one after its last checkpoint."""
+
+    job: int
+    options: JobOptions
+    windows_done: int = 0
+    position_s: float = 0.0
+    language: str = ""
+    language_probability: float = 0.0
+
+
+class Abandon(Message, frozen=True):
+    """daemon → engine: this job is no longer wanted."""
+
+    job: int
+
+
+class Progress(Message, frozen=True):
+    """engine → daemon: the recording was read up to here. Sent only when the position advanced."""
+
+    job: int
+    position_s: float
+    duration_s: float | None
+
+
+class WindowDone(Message, frozen=True):
+    """engine → daemon: one window of text, to be kept."""
+
+    job: int
+    window: Window
+    duration_s: float | None
+
+
+class Finished(Message, frozen=True):
+    """engine → daemon: every window was sent."""
+
+    job: int
+    summary: Summary
+
+
+class JobFailed(Message, frozen=True):
+    """engine → daemon: this file has no transcript, and why."""
+
+    job: int
+    failure: Failure
+
+
+class Abandoned(Message, frozen=True):
+    """engine → daemon: the job was dropped as asked; the slot is free."""
+
+    job: int
+
+
+EngineIn = LoadModel | Transcribe | Abandon | Stop
+EngineOut = EngineReady | BootFailed | Progress | WindowDone | Finished | JobFailed | Abandoned
+
+
+# --- outbox --------------------------------------------------------------------------------------------------------------------
+
+
+class OwnFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file this source has published before: it may be replaced while its content is still what we wrote."""
+
+    path: bytes
+    sha256: str
+
+
+class ServeOutbox(Message, frozen=True):
+    """daemon → outbox: the directory to publish into (made when absent), and the mode of files (octal)."""
+
+    path: bytes
+    file_mode: int
+    directory_mode: int
+    like: bytes  # owner and group follow this directory, the inbox
+
+
+class Publish(Message, frozen=True):
+    """daemon → outbox, with the staged transcript's descriptor: render and publish as `base`.format for each format."""
+
+    job: int
+    base: bytes
+    formats: tuple[str, ...]
+    own: tuple[OwnFile, ...]
+    stale: tuple[OwnFile, ...]  # an error file of an earlier attempt: removed once the transcript is there
+
+
+class PublishError(Message, frozen=True):
+    """daemon → outbox: publish the error file of a failed source."""
+
+    job: int
+    base: bytes
+    text: str
+    own: tuple[OwnFile, ...]
+
+
+class OutboxReady(Message, frozen=True):
+    """outbox → daemon."""
+
+
+class PublishedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One file as it stands in the outbox. `path` is relative to the outbox."""
+
+    path: bytes
+    format: str
+    sha256: str
+
+
+class Published(Message, frozen=True):
+    """outbox → daemon: durable in the outbox."""
+
+    job: int
+    files: tuple[PublishedFile, ...]
+
+
+class PublishFailed(Message, frozen=True):
+    """outbox → daemon. code `name_taken`: somebody else's file stands at that name; choose another."""
+
+    job: int
+    failure: Failure
+
+
+OutboxIn = ServeOutbox | Publish | PublishError | Stop
+OutboxOut = OutboxReady | Published | PublishFailed
+
+
+# --- probe ---------------------------------------------------------------------------------------------------------------------
+
+
+class StartProbe(Message, frozen=True):
+    """daemon → probe."""
+
+    interval_s: float
+
+
+class Readings(Message, frozen=True):
+    """probe → daemon: one reading for each GPU, or one that says why there is none."""
+
+    readings: tuple[Reading, ...]
+
+
+ProbeIn = StartProbe | Stop
+ProbeOut = Readings
+
+
+# --- the channel ---------------------------------------------------------------------------------------------------------------
+
+In = TypeVar("In")
+
+
+class Frame(msgspec.Struct, Generic[In]):
+    """A received message with the descriptors that came along; the receiver owns them."""
+
+    message: In
+    descriptors: list[int]
+
+
+class Channel(Generic[In]):
+    """One end of the wire. Never blocks on its own: `send` queues, `flush` writes what fits, `receive` takes what is there."""
+
+    _encoder: ClassVar = msgspec.json.Encoder()
+
+    def __init__(self, sock: socket.socket, receives: object) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._decoder = msgspec.json.Decoder(receives)
+        self._out: deque[tuple[memoryview, list[int]]] = deque()
+        self._in = bytearray()
+        self._descriptors: deque[int] = deque()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether frames wait for room in the socket."""
+        return bool(self._out)
+
+    def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
+        """Queue a frame and write what fits. The channel owns (and closes) the descriptors from here on."""
+        body = self._encoder.encode(message)
+        self._out.append((memoryview(_HEADER.pack(len(body), len(descriptors)) + body), list(descriptors)))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what fits now. Raises WireClosed."""
+        while self._out:
+            data, descriptors = self._out[0]
+            try:
+                sent = self._socket.sendmsg([data], _ancillary(descriptors))
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                raise WireClosed(f"cannot write to the other side: {error.strerror}") from error
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if sent == len(data):
+                self._out.popleft()
+            else:
+                self._out[0] = (data[sent:], [])
+
+    def send_all(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
+        """Send and wait until the frame is with the kernel (for children, which have nothing better to do). Raises WireClosed."""
+        self.send(message, descriptors)
+        while self._out:
+            select.select([], [self], [])
+            self.flush()
+
+    def receive(self) -> Iterator[Frame[In]]:
+        """Frames that are complete now, after one read from the socket. Raises WireClosed at the end, WireBroken on nonsense."""
+        try:
+            data, ancillary, flags, _ = self._socket.recvmsg(1 << 18, socket.CMSG_SPACE(DESCRIPTORS_MAX * 4), socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            raise WireClosed(f"cannot read from the other side: {error.strerror}") from error
+        self._descriptors.extend(_received(ancillary))
+        if flags & socket.MSG_CTRUNC:
+            raise WireBroken("more descriptors than a frame may carry")
+        if not data:
+            raise WireClosed("the other side closed the wire")
+        self._in += data
+        yield from self._complete_frames()
+
+    def wait(self, timeout_s: float | None) -> list[Frame[In]]:
+        """Wait for frames at most `timeout_s` (None: for ever). Raises WireClosed, WireBroken."""
+        readable, _, _ = select.select([self], [], [], timeout_s)
+        return list(self.receive()) if readable else []
+
+    def close(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+        for _, descriptors in self._out:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._out.clear()
+        self._socket.close()
+
+    def _complete_frames(self) -> Iterator[Frame[In]]:
+        while len(self._in) >= _HEADER.size:
+            length, count = _HEADER.unpack_from(self._in)
+            if length > FRAME_BYTES_MAX or count > DESCRIPTORS_MAX:
+                raise WireBroken(f"a frame of {length} bytes with {count} descriptors")
+            end = _HEADER.size + length
+            if len(self._in) < end:
+                return
+            body = bytes(memoryview(self._in)[_HEADER.size : end])
+            del self._in[:end]
+            if count > len(self._descriptors):
+                raise WireBroken("a frame came without its descriptors")
+            descriptors = [self._descriptors.popleft() for _ in range(count)]
+            yield Frame(self._decode(body), descriptors)
+
+    def _decode(self, body: bytes) -> In:
+        try:
+            return self._decoder.decode(body)  # type: ignore[no-any-return]
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise WireBroken(f"a frame that is none of ours: {error}") from error
+
+
+def _ancillary(descriptors: list[int]) -> list[tuple[int, int, array.array[int]]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+
+
+def _received(ancillary: list[tuple[int, int, bytes]]) -> Iterator[int]:
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            whole = len(data) - len(data) % 4
+            yield from array.array("i", data[:whole])
+
+
+# --- a child's side ------------------------------------------------------------------------------------------------------------
+
+_PR_SET_PDEATHSIG = 1
+
+
+def join_daemon(receives: object) -> Channel[In]:
+    """Take the wire out of standard input; a child calls this first.
+
+    From here the child dies with the daemon, ignores the terminal's Ctrl-C (the daemon decides who stops), is the first to go
+    when memory runs out, and nothing it or its libraries print can reach the wire.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock = socket.socket(fileno=os.dup(0))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    try:
+        with open("/proc/self/oom_score_adj", "w") as score:
+            score.write("500")
+    except OSError:  # a sandbox may hide /proc; then the kernel's own choice stands
+        pass
+    return Channel(sock, receives)
