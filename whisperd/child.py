@@ -28,6 +28,7 @@ from whisperd.wire import Channel, Message, Stop
 In = TypeVar("In")
 
 LAST_LINES = 20
+PIPE_BYTES = 65536
 
 
 class Life(StrEnum):
@@ -51,19 +52,25 @@ class Child(Generic[In]):
     def __init__(self, *, name: str, module: str, receives: object, now: float, env: dict[str, str] | None = None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            self.process: subprocess.Popen[bytes] = subprocess.Popen(
-                [sys.executable, "-m", module],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                process_group=0,
-                env={**os.environ, **(env or {})},
-            )
+            try:
+                self.process: subprocess.Popen[bytes] = subprocess.Popen(
+                    [sys.executable, "-m", module],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    process_group=0,
+                    env={**os.environ, **(env or {})},
+                )
+            except BaseException:
+                ours.close()
+                raise
         self.name = name
         self.channel: Channel[In] = Channel(ours, receives)
         self.pidfd = os.pidfd_open(self.process.pid)
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self.stderr_ended = False
         self.life = Life.BOOTING
+        self.born_at = now
         self.since = now
         self.heard_at = now
         self.killed_by_us = ""
@@ -133,11 +140,11 @@ class Child(Generic[In]):
 
     def gone(self, now: float) -> str:
         """Reap the process (call when its pidfd is readable) and say how it ended."""
+        self._move("bury", (Life.BOOTING, Life.IDLE, Life.BUSY, Life.DRAINING, Life.KILLING), Life.GONE, now)
+        os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT)
+        self._kill_stragglers()  # before the process is reaped: until then nobody else can have its number
         code = self.process.wait()
         self.read_stderr()
-        self._kill_stragglers()
-        self.life = Life.GONE
-        self.since = now
         self.channel.close()
         self._stderr().close()
         os.close(self.pidfd)
@@ -159,16 +166,17 @@ class Child(Generic[In]):
             pass
 
     def read_stderr(self) -> list[str]:
-        """New lines the child wrote to standard error, escaped; the last ones are kept for its obituary."""
-        lines: list[str] = []
-        while True:
-            try:
-                data = os.read(self.stderr_fileno(), 65536)
-            except (BlockingIOError, OSError):
-                break
-            if not data:
-                break
-            lines += [printable(line)[:1000] for line in data.splitlines() if line.strip()]
+        """New lines the child wrote to standard error, escaped; the last ones are kept for its obituary.
+
+        One pipe full at a time: a child that never stops writing cannot keep the daemon here. `stderr_ended` says that no more will
+        come (an empty list does not: blank lines are left out).
+        """
+        try:
+            data = os.read(self.stderr_fileno(), PIPE_BYTES)
+        except BlockingIOError:
+            return []
+        self.stderr_ended = not data
+        lines = [printable(line)[:1000] for line in data.splitlines() if line.strip()]
         self.last_lines.extend(lines)
         return lines
 
@@ -195,3 +203,12 @@ def blames_the_work(returncode: int, *, memory_ran_out: bool, killed_by_us: bool
     if killed_by_us or memory_ran_out:
         return True
     return -returncode not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def kernel_memory_kills() -> int:
+    """How many processes the kernel has killed for lack of memory since boot (0 where it does not say)."""
+    try:
+        with open("/proc/vmstat", encoding="ascii") as statistics:
+            return next((int(line.split()[1]) for line in statistics if line.startswith("oom_kill ")), 0)
+    except OSError:  # hidden by a sandbox
+        return 0

@@ -43,7 +43,8 @@ class StateDirError(WhisperdError):
 def printable(name: bytes | str) -> str:
     """Write a file name so that no reader can be fooled: one line, no control bytes, no forged direction.
 
-    Linux names are bytes; what is not valid UTF-8 or not printable is shown as `\\xNN` or `\\uNNNN`.
+    Linux names are bytes; what is not valid UTF-8 or not printable is shown as `\\xNN`, `\\uNNNN` or `\\UNNNNNNNN`, and a
+    backslash as two: different names never look the same.
     """
     text = os.fsdecode(name) if isinstance(name, bytes) else name
     return "".join(_shown(char) for char in text)
@@ -57,4 +58,6 @@ def _shown(char: str) -> str:
         return "\\\\"
     if char.isprintable():
         return char
-    return f"\\x{point:02x}" if point < 0x100 else f"\\u{point:04x}"
+    if point < 0x80:
+        return f"\\x{point:02x}"
+    return f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"

@@ -16,7 +16,7 @@ import signal
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Generic, TypeVar
 
 import msgspec
@@ -343,7 +343,13 @@ class Channel(Generic[In]):
 
     def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
         """Queue a frame and write what fits. The channel owns (and closes) the descriptors from here on."""
-        body = self._encoder.encode(message)
+        try:
+            body = self._encoder.encode(message)
+            if len(body) > FRAME_BYTES_MAX or len(descriptors) > DESCRIPTORS_MAX:
+                raise WireBroken(f"cannot send a frame of {len(body)} bytes with {len(descriptors)} descriptors")
+        except BaseException:
+            _close(descriptors)
+            raise
         self._out.append((memoryview(_HEADER.pack(len(body), len(descriptors)) + body), list(descriptors)))
         self.flush()
 
@@ -357,8 +363,7 @@ class Channel(Generic[In]):
                 return
             except OSError as error:
                 raise WireClosed(f"cannot write to the other side: {error.strerror}") from error
-            for descriptor in descriptors:
-                os.close(descriptor)
+            _close(descriptors)
             if sent == len(data):
                 self._out.popleft()
             else:
@@ -386,19 +391,27 @@ class Channel(Generic[In]):
             raise WireClosed("the other side closed the wire")
         self._in += data
         yield from self._complete_frames()
+        if len(self._descriptors) > DESCRIPTORS_MAX:  # an honest side has one frame under way at most
+            raise WireBroken("descriptors came without their frames")
 
     def wait(self, timeout_s: float | None) -> list[Frame[In]]:
         """Wait for frames at most `timeout_s` (None: for ever). Raises WireClosed, WireBroken."""
         readable, _, _ = select.select([self], [], [], timeout_s)
-        return list(self.receive()) if readable else []
+        frames: list[Frame[In]] = []
+        try:
+            if readable:
+                frames.extend(self.receive())
+        except WhisperdError:
+            for frame in frames:
+                _close(frame.descriptors)
+            raise
+        return frames
 
     def close(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
+        _close(self._descriptors)
         self._descriptors.clear()
         for _, descriptors in self._out:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            _close(descriptors)
         self._out.clear()
         self._socket.close()
 
@@ -414,14 +427,19 @@ class Channel(Generic[In]):
             del self._in[:end]
             if count > len(self._descriptors):
                 raise WireBroken("a frame came without its descriptors")
-            descriptors = [self._descriptors.popleft() for _ in range(count)]
-            yield Frame(self._decode(body), descriptors)
+            message = self._decode(body)
+            yield Frame(message, [self._descriptors.popleft() for _ in range(count)])
 
     def _decode(self, body: bytes) -> In:
         try:
             return self._decoder.decode(body)  # type: ignore[no-any-return]
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise WireBroken(f"a frame that is none of ours: {error}") from error
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _ancillary(descriptors: list[int]) -> list[tuple[int, int, array.array[int]]]:

@@ -52,7 +52,8 @@ def _through_one_codec(waves: list[speech.Waveform], source: random.Random) -> t
     pause = speech.silence(0.1)
     joined = np.concatenate([part for wave in waves for part in (wave, pause)])
     coded = speech.through_codec(joined, codec, kilobits, rate)
-    parts, position = [], 0
+    parts: list[speech.Waveform] = []
+    position = 0
     for wave in waves:
         parts.append(coded[position : position + len(wave)])
         position += len(wave) + len(pause)
@@ -61,7 +62,8 @@ def _through_one_codec(waves: list[speech.Waveform], source: random.Random) -> t
 
 def spoken_group(seed: int) -> list[tuple[Utterance, NDArray[np.int16]]]:
     source = random.Random(seed)
-    utterances, waves = [], []
+    utterances: list[Utterance] = []
+    waves: list[speech.Waveform] = []
     while len(waves) < GROUP:
         text, voice = training_sentence(source), _voice(source)
         wave = speech.say(text, voice)

@@ -52,7 +52,7 @@ def hugging_face(checkpoint: dict[str, Any], ids: Ids) -> WhisperForConditionalG
     shape = Shape(**checkpoint["shape"])
     network = WhisperForConditionalGeneration(whisper_config(shape, ids))
     network.model.load_state_dict(checkpoint["average"])
-    network.generation_config = GenerationConfig(
+    network.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         suppress_tokens=[],
         begin_suppress_tokens=[ids.space, ids.end],
         decoder_start_token_id=ids.start,

@@ -14,7 +14,7 @@ HOP = 160
 
 @cache
 def _filters_and_window() -> tuple[Tensor, Tensor]:
-    filters = torch.from_numpy(np.asarray(FeatureExtractor().mel_filters, np.float32))
+    filters = torch.from_numpy(np.asarray(FeatureExtractor().mel_filters, np.float32))  # type: ignore[no-untyped-call]
     return filters, torch.from_numpy(np.hanning(401)[:-1].astype(np.float32))
 
 

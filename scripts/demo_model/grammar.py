@@ -15,35 +15,40 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-DIGITS = "zero one two three four five six seven eight nine".split()
-TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-SPELLING = (
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+DIGITS = _words("zero one two three four five six seven eight nine")
+TEENS = _words("ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen")
+TENS = _words("twenty thirty forty fifty sixty seventy eighty ninety")
+SPELLING = _words(
     "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo "
     "sierra tango uniform victor whiskey xray yankee zulu"
-).split()
-DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-MONTHS = "january february march april may june july august september october november december".split()
-COLOURS = "red green blue yellow white black orange purple".split()
-ROOMS = "kitchen office garden hall bedroom studio".split()
-ROLES = "worker device server service camera printer".split()
-OBJECTS = "file folder report recording meeting message invoice backup archive transcript".split()
-ADJECTIVES = "new old first last next big small final".split()
-VERBS = "open close delete copy move print send rename check save".split()
-NAMES = "anna peter maria david sarah thomas laura james".split()
+)
+DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
+MONTHS = _words("january february march april may june july august september october november december")
+COLOURS = _words("red green blue yellow white black orange purple")
+ROOMS = _words("kitchen office garden hall bedroom studio")
+ROLES = _words("worker device server service camera printer")
+OBJECTS = _words("file folder report recording meeting message invoice backup archive transcript")
+ADJECTIVES = _words("new old first last next big small final")
+VERBS = _words("open close delete copy move print send rename check save")
+NAMES = _words("anna peter maria david sarah thomas laura james")
 
-_TEMPLATE_WORDS = (
+_TEMPLATE_WORDS = _words(
     "a after alarm an and are at box boxes busy call car cars closed dollars doors door do down euros failed files "
     "finished forty five for from gigabytes good goodbye have heating hello hours how hundred i idle in inbox is "
     "job light lights later many memory messages minutes morning music my need night no now number oclock of off on "
     "outbox percent please price ready recordings reports restart running seconds see set start started stop thank "
     "that the there they this timer to today tomorrow turn using waiting want we where window windows world yes you "
     "your"
-).split()
+)
 
 # Words of a sentence that earlier versions had ("and so my fellow americans ..."). No template says it any more, but
 # the words keep their token ids and are still trained in the free word lists.
-_WORDS_WITHOUT_TEMPLATE = "americans ask can country fellow not so what".split()
+_WORDS_WITHOUT_TEMPLATE = _words("americans ask can country fellow not so what")
 
 VOCABULARY: list[str] = sorted(
     {
@@ -101,8 +106,14 @@ TEMPLATES: list[Callable[[_Draw], str]] = [
     lambda d: f"{d.of('start|stop|restart')} the {d.one(ROLES)} number {d.number(20)}",
     lambda d: f"{d.one(ROLES)} {d.number(12)} is {d.of('ready|running|busy|idle|down|waiting')}",
     lambda d: f"{d.one(ROLES)} {d.number(12)} is using {d.number(24)} gigabytes of memory",
-    lambda d: f"job {d.number(999)} {d.of('failed|finished|started')} after {d.number(59)} {d.of('seconds|minutes|hours')}",
-    lambda d: f"please call {d.one(NAMES)} at {d.number(12)} {d.of('thirty|fifteen|forty five|oclock')} on {d.one(DAYS)}",
+    lambda d: (
+        f"job {d.number(999)} {d.of('failed|finished|started')} "
+        f"after {d.number(59)} {d.of('seconds|minutes|hours')}"
+    ),
+    lambda d: (
+        f"please call {d.one(NAMES)} at {d.number(12)} {d.of('thirty|fifteen|forty five|oclock')} "
+        f"on {d.one(DAYS)}"
+    ),
     lambda d: (
         f"the meeting is on {d.one(DAYS)} the {d.number(31)} of {d.one(MONTHS)} "
         f"at {d.number(12)} {d.of('thirty|fifteen|oclock')}"

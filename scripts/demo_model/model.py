@@ -74,7 +74,8 @@ class EncoderLayer(nn.Module):
 
     def feed_forward(self, states: Tensor) -> Tensor:
         inner = functional.gelu(self.fc1(self.final_layer_norm(states)))
-        return states + self.fc2(inner)
+        added: Tensor = self.fc2(inner)
+        return states + added
 
     def forward(self, states: Tensor) -> Tensor:
         states = states + self.self_attn(self.self_attn_layer_norm(states))

@@ -86,7 +86,8 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     for side in ("encoder", "decoder"):
         positions = variables[f"{side}/position_encodings/encodings"]
         weights[f"{side}.embed_positions.weight"] = torch.tensor(positions)
-        weights |= {f"{side}.layer_norm.{name}": value for name, value in _norm(f"{side}/layer_norm", variables).items()}
+        last_norm = _norm(f"{side}/layer_norm", variables)
+        weights |= {f"{side}.layer_norm.{name}": value for name, value in last_norm.items()}
         layer = 0
         while f"{side}/layer_{layer}/ffn/layer_norm/beta" in variables:
             found = _layer(f"{side}/layer_{layer}", variables)

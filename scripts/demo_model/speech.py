@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
+from scipy.signal import resample_poly  # type: ignore[import-untyped]
 
 Waveform = NDArray[np.float32]
 
@@ -21,10 +21,10 @@ RATE = 16000
 MAIN_LANGUAGES = ["en-us", "en-gb", "en-gb-x-rp"]
 MAIN_VARIANTS = ["", *(f"+f{number}" for number in range(1, 6)), *(f"+m{number}" for number in range(1, 9))]
 OTHER_LANGUAGES = ["en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029"]
-OTHER_VARIANTS = (
-    "+klatt +klatt2 +klatt4 +croak +linda +steph +adam +michael +victor +paul".split()  # heard in training, rarely
-)
-UNHEARD_VARIANTS = "+Mario +anika +travis +rob +belinda".split()  # never used in training
+# Heard in training, rarely:
+OTHER_VARIANTS = ["+klatt", "+klatt2", "+klatt4", "+croak", "+linda", "+steph", "+adam", "+michael", "+victor", "+paul"]
+# Never used in training:
+UNHEARD_VARIANTS = ["+Mario", "+anika", "+travis", "+rob", "+belinda"]
 
 CODECS: dict[str, list[str]] = {  # the encoder and the container, which remembers how much of the start is padding
     "opus": ["-c:a", "libopus", "-f", "ogg"],
@@ -64,12 +64,12 @@ def say(text: str, voice: Voice) -> Waveform:
     command = ["espeak-ng", "-v", voice.name, "-s", str(voice.speed), "-p", str(voice.pitch), "--stdout", text]
     output = subprocess.run(command, capture_output=True, check=True).stdout
     samples = np.frombuffer(output[44 : len(output) - len(output) % 2], dtype="<i2").astype(np.float32) / 32768
-    wave = resample_poly(samples, 320, 441).astype(np.float32)  # 22,050 Hz to 16,000 Hz
+    wave: Waveform = resample_poly(samples, 320, 441).astype(np.float32)  # 22,050 Hz to 16,000 Hz
     loud = np.flatnonzero(np.abs(wave) > 0.01)
     if not len(loud):
         return np.zeros(0, np.float32)
     wave = wave[loud[0] : loud[-1] + 1]
-    return (wave * (0.9 / np.abs(wave).max())).astype(np.float32)
+    return np.asarray(wave * (0.9 / np.abs(wave).max()), np.float32)
 
 
 def silence(seconds: float) -> Waveform:
@@ -81,7 +81,7 @@ def noise(source: np.random.Generator, length: int, colour: int = 1) -> Waveform
     white = source.standard_normal(length + colour, dtype=np.float32)
     total = np.cumsum(white, dtype=np.float64)
     smooth = (total[colour:] - total[:-colour])[:length] if colour > 1 else white[:length]
-    return (smooth / (smooth.std() + 1e-9)).astype(np.float32)
+    return np.asarray(smooth / (smooth.std() + 1e-9), np.float32)
 
 
 def with_noise(wave: Waveform, source: np.random.Generator, snr: float, colour: int = 1) -> Waveform:
@@ -106,7 +106,7 @@ def mu_law(wave: Waveform) -> Waveform:
     """Eight bits a sample, as on a telephone line (G.711)."""
     clipped = np.clip(wave, -1, 1)
     steps = np.round(np.sign(clipped) * np.log1p(255 * np.abs(clipped)) / np.log(256) * 127) / 127
-    return (np.sign(steps) * np.expm1(np.abs(steps) * np.log(256)) / 255).astype(np.float32)
+    return np.asarray(np.sign(steps) * np.expm1(np.abs(steps) * np.log(256)) / 255, np.float32)
 
 
 def over_telephone(wave: Waveform) -> Waveform:

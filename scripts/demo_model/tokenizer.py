@@ -64,13 +64,14 @@ class Ids:
 
 
 def ids_of(tokenizer: Tokenizer) -> Ids:
+    ids = tokenizer.get_vocab()
     return Ids(
-        end=tokenizer.token_to_id("<|endoftext|>"),
-        start=tokenizer.token_to_id("<|startoftranscript|>"),
-        previous=tokenizer.token_to_id("<|startofprev|>"),
-        no_speech=tokenizer.token_to_id("<|nospeech|>"),
-        no_timestamps=tokenizer.token_to_id("<|notimestamps|>"),
-        space=tokenizer.token_to_id("Ġ"),
+        end=ids["<|endoftext|>"],
+        start=ids["<|startoftranscript|>"],
+        previous=ids["<|startofprev|>"],
+        no_speech=ids["<|nospeech|>"],
+        no_timestamps=ids["<|notimestamps|>"],
+        space=ids["Ġ"],
         size=tokenizer.get_vocab_size(),
     )
 

@@ -6,7 +6,7 @@
 Owns ``checkpoint.pt`` in the output directory: it is replaced every few minutes and holds the averaged weights that
 export.py takes. Started again with the same arguments, a run goes on from it (``--out`` decides which run it is).
 From scratch the first half of the time goes to short windows, then 6 to 16 s, then 30 s; from an export it goes
-straight to long windows.
+straight to long windows. SIGTERM or Ctrl-C ends it with a last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import argparse
 import math
 import os
 import random
+import signal
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,9 @@ class Trainer:
         seed = arguments.seed + 1000 * self.progress.steps
         self.composer = Composer(arguments.corpus, tokenizer, seed)
         self.draw = random.Random(seed)
+        self.stopping = False
+        self.ahead = ThreadPoolExecutor(1, "compose")  # the next batch is made while this one is learnt
+        self.coming: Future[Batch] | None = None
 
     def resume(self) -> None:
         if not self.checkpoint.exists():
@@ -139,13 +144,18 @@ class Trainer:
         seconds = self.draw.choice(choices)
         return self.composer.batch(max(2, round(SECONDS_A_BATCH / seconds)), seconds)
 
+    def take_batch(self, share: float) -> Batch:
+        batch = self.coming.result() if self.coming else self.next_batch(share)
+        self.coming = self.ahead.submit(self.next_batch, share)
+        return batch
+
     def rate(self, share: float) -> float:
         highest = self.arguments.rate
         warm = min(1.0, (self.progress.steps + 1) / 60)
         return float(warm * highest * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))))
 
     def step(self, share: float) -> tuple[float, float]:
-        batch = self.next_batch(share)
+        batch = self.take_batch(share)
         with torch.autocast("cpu", torch.bfloat16):
             heard = self.network.whisper.encoder(batch.mel, batch.offset)
             logits = self.network.whisper.decoder(batch.tokens, heard)
@@ -173,7 +183,8 @@ class Trainer:
 
     def run(self) -> None:
         began, before, saved = time.monotonic(), self.progress.trained_minutes, time.monotonic()
-        while (share := self.progress.trained_minutes / self.arguments.minutes) < 1:
+        losses = (math.nan, math.nan)
+        while not self.stopping and (share := self.progress.trained_minutes / self.arguments.minutes) < 1:
             losses = self.step(share)
             now = time.monotonic()
             self.progress.trained_minutes = before + (now - began) / 60
@@ -184,6 +195,11 @@ class Trainer:
                 saved = now
         self.save()
         self.report(losses)
+        self.ahead.shutdown(cancel_futures=True)
+
+    def stop(self, _signal: int, _frame: object) -> None:
+        """On SIGTERM and SIGINT: finish the step, save, leave."""
+        self.stopping = True
 
     def report(self, losses: tuple[float, float]) -> None:
         progress = self.progress
@@ -203,13 +219,16 @@ def main() -> None:
     parser.add_argument("--init-ct2", type=Path, help="start from the weights of this exported model")
     parser.add_argument("--encoder-layers", type=int, default=3)
     parser.add_argument("--rate", type=float, default=1.2e-3, help="highest learning rate")
-    parser.add_argument("--seconds", type=int, nargs="+", default=[8, 16, 24, 30, 30], help="lengths of long windows")
+    parser.add_argument("--seconds", type=int, nargs="+", default=[8, 24, 30, 30, 30], help="lengths of long windows")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    Trainer(arguments).run()
+    trainer = Trainer(arguments)
+    signal.signal(signal.SIGTERM, trainer.stop)
+    signal.signal(signal.SIGINT, trainer.stop)
+    trainer.run()
 
 
 if __name__ == "__main__":

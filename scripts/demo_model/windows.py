@@ -81,7 +81,7 @@ class Composer:
 
     def _wave_of(self, entry: dict[str, int]) -> speech.Waveform:
         samples = self.audio[entry["start"] : entry["start"] + entry["length"]]
-        return np.asarray(samples, np.float32) / 32768
+        return np.asarray(samples, np.float32) / np.float32(32768)
 
     def _speech(self, longest: int) -> Window:
         """Utterances one after another, until ``longest`` samples are full; at least one."""

@@ -3,13 +3,15 @@
 Owns: pragmas, the write lock, the choice of directory. SQLite 3.7.0 to 3.51.2 can lose a commit when one connection writes while
 another checkpoints (sqlite.org/wal.html, "The WAL-Reset Bug"), so automatic checkpoints are off on every connection and each
 write and each checkpoint, of any process, holds one flock: they can never meet.
-Fails with `StateDirError` (network filesystem, not writable) and `LedgerBroken` (not a ledger, damaged).
+Fails with `StateDirError` (network filesystem, not writable), `LedgerBroken` (not a ledger, damaged), `LedgerBusy` (locked for too
+long) and `LedgerStuck` (the disk is full or failing).
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -42,6 +44,31 @@ class LedgerBusy(WhisperdError):
     recoverable = True
 
 
+class LedgerStuck(WhisperdError):
+    """The ledger cannot be written now, though nothing is wrong with it: the disk is full, read-only or failing."""
+
+    code = "ledger_stuck"
+    recoverable = True
+
+
+_OF_THE_DISK = frozenset(
+    {
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+    }
+)
+
+
+def blames_the_disk(error: sqlite3.Error) -> bool:
+    """Whether SQLite could not work where it is, as opposed to what it found there."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_THE_DISK
+
+
 def filesystem_type(path: str | bytes) -> str:
     """Type of the filesystem that holds `path` ("ext4", "nfs4", "fuse.sshfs"), from /proc/self/mountinfo; "" when not found."""
     real = os.fsencode(os.path.realpath(path))
@@ -49,7 +76,7 @@ def filesystem_type(path: str | bytes) -> str:
     with open("/proc/self/mountinfo", "rb") as mounts:
         for line in mounts:
             before, _, after = line.partition(b" - ")
-            point = before.split(b" ")[4].replace(b"\\040", b" ")
+            point = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), before.split(b" ")[4])
             if len(point) >= len(best) and (real == point or real.startswith(point.rstrip(b"/") + b"/")):
                 best, found = point, after.split(b" ")[0].decode()
     return found
@@ -70,23 +97,37 @@ def open_for_writing(state_dir: str) -> Database:
         )
     path = os.path.join(state_dir, LEDGER_NAME)
     try:
-        connection = sqlite3.connect(path, isolation_level=None, timeout=LOCK_WAIT_S, check_same_thread=False)
-        with write_lock(state_dir):
-            connection.execute("PRAGMA journal_mode = WAL")
-            _common_pragmas(connection)
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            db = Database(connection, use_old_upsert=False)
-            MIGRATIONS.apply(db)
-            known = {migration.name for migration in MIGRATIONS.applied(db)}
+        with write_lock(state_dir):  # also for closing what cannot be used: the last connection that closes checkpoints
+            connection = sqlite3.connect(path, isolation_level=None, timeout=LOCK_WAIT_S, check_same_thread=False)
+            try:
+                return _prepared(connection, path)
+            except BaseException:
+                connection.close()
+                raise
     except sqlite3.DatabaseError as error:
+        if blames_the_disk(error):
+            raise StateDirError(
+                f"cannot use the ledger {path}: {error}", hint="it must be readable and writable by this user, on a disk with room"
+            ) from error
         raise LedgerBroken(
             f"cannot open the ledger {path}: {error}",
             hint="it is left as it is; restore the newest good copy from the backup directory beside it, or move it away to begin anew",
         ) from error
-    newer = known - {migration.name for migration in MIGRATIONS._migrations}
-    if newer:
+
+
+def _prepared(connection: sqlite3.Connection, path: str) -> Database:
+    """Look before touching: what is damaged, newer than this version or no ledger at all stays as it is."""
+    _common_pragmas(connection)
+    db = Database(connection, use_old_upsert=False)
+    applied = {migration.name for migration in MIGRATIONS.applied(db)}
+    if applied - {migration.name for migration in MIGRATIONS._migrations}:
         raise LedgerBroken(f"the ledger {path} was written by a newer whisperd", hint="install that version again")
+    if not applied and set(db.table_names()) - {MIGRATIONS.migrations_table}:
+        raise LedgerBroken(f"{path} is a database, but not a ledger", hint="move it away, or set state_dir to another directory")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    MIGRATIONS.apply(db)
     return db
 
 
@@ -95,11 +136,22 @@ def open_for_reading(state_dir: str) -> Database:
     path = os.path.join(state_dir, LEDGER_NAME)
     if not os.path.exists(path):
         raise StateDirError(f"no ledger in {state_dir}", hint="has the daemon run with this configuration yet?")
+    uri = f"file:{quote(os.fsencode(path))}?mode=ro"
     try:
-        connection = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, isolation_level=None, timeout=10, check_same_thread=False)
-        _common_pragmas(connection)
-        connection.execute("SELECT count(*) FROM sqlite_master")
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10, check_same_thread=False)
+        try:
+            _common_pragmas(connection)
+            (begun,) = connection.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'job'").fetchone()
+            if not begun:
+                raise StateDirError(
+                    f"no ledger in {state_dir} yet: {path} is empty", hint="has the daemon run with this configuration yet?"
+                )
+        except BaseException:
+            connection.close()
+            raise
     except sqlite3.DatabaseError as error:
+        if blames_the_disk(error):
+            raise StateDirError(f"cannot read the ledger {path}: {error}", hint="is it readable by this user?") from error
         raise LedgerBroken(f"cannot read the ledger {path}: {error}", hint="see docs/operations.md, 'the ledger is damaged'") from error
     return Database(connection)
 

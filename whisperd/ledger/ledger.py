@@ -1,23 +1,24 @@
 """ledger: the verbs. Each arrow of the state diagram is one method, one guarded UPDATE, one event row written by a trigger.
 
 The table `transition` is the only list of legal moves: a verb names itself, the store finds where it leads or refuses.
-Fails with `NoSuchJob`, `IllegalMove` (the job is not where the verb begins), `LeaseLost` (the job runs for somebody else now).
+Fails with `NoSuchJob`, `IllegalMove` (the job is not where the verb begins), `LeaseLost` (the job runs for somebody else now),
+`LedgerStuck` (the disk is full or failing). A verb that failed has changed nothing, also inside a longer transaction.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
 from whisperd.errors import WhisperdError
-from whisperd.ledger.connection import open_for_writing, write_lock
+from whisperd.ledger.connection import LedgerStuck, blames_the_disk, open_for_writing, write_lock
 from whisperd.ledger.queries import Queries
 from whisperd.vocabulary import Failure, FailureKind, JobOptions, Plan, Reading, Sighting, Window
 
@@ -47,33 +48,45 @@ class Ledger(Queries):
     """
 
     def __init__(self, state_dir: str, *, epoch: str) -> None:
-        super().__init__(open_for_writing(state_dir))
-        self.state_dir = state_dir
+        super().__init__(open_for_writing(state_dir), state_dir)
         self.epoch = epoch
         self._depth = 0
+        self._turn = threading.RLock()  # one connection, one transaction: a second thread waits for its turn
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Several verbs as one: all or none."""
-        if self._depth:
-            self._depth += 1
+        """Several verbs as one: all or none. A verb refused within, and caught within, takes back only itself."""
+        with self._turn:
             try:
-                yield
-            finally:
-                self._depth -= 1
-            return
-        with write_lock(self.state_dir):
-            self.db.conn.execute("BEGIN IMMEDIATE")
-            self._depth = 1
-            try:
-                yield
-            except BaseException:
-                self.db.conn.execute("ROLLBACK")
+                if self._depth:
+                    with self._all_or_none("SAVEPOINT verb", "RELEASE verb", "ROLLBACK TO verb", "RELEASE verb"):
+                        yield
+                else:
+                    with write_lock(self.state_dir), self._all_or_none("BEGIN IMMEDIATE", "COMMIT", "ROLLBACK"):
+                        yield
+            except (sqlite3.IntegrityError, OverflowError) as error:
+                raise IllegalMove(f"cannot write this to the ledger: {error}") from error
+            except sqlite3.OperationalError as error:
+                if blames_the_disk(error):
+                    raise LedgerStuck(f"cannot write to the ledger: {error}", hint="is the disk full or read-only?") from error
                 raise
-            else:
-                self.db.conn.execute("COMMIT")
-            finally:
-                self._depth = 0
+
+    @contextmanager
+    def _all_or_none(self, begin: str, commit: str, *undo: str) -> Iterator[None]:
+        if self._depth and not self.db.conn.in_transaction:
+            raise LedgerStuck("cannot go on with a transaction that SQLite has rolled back")
+        self.db.conn.execute(begin)
+        self._depth += 1
+        try:
+            yield
+            self.db.conn.execute(commit)
+        except BaseException:
+            if self.db.conn.in_transaction:  # SQLite itself rolls back when the disk is full or failing
+                for statement in undo:
+                    self.db.conn.execute(statement)
+            raise
+        finally:
+            self._depth -= 1
 
     def _move(self, verb: str, job: int, now: float, *, child: str | None = None, note: str = "", **changes: Any) -> None:
         """The one guarded UPDATE behind every verb. Raises NoSuchJob, IllegalMove, LeaseLost."""
@@ -87,16 +100,15 @@ class Ledger(Queries):
                     f" WHERE id = :job AND state IN (SELECT from_state FROM transition WHERE verb = :verb){lease}",
                     {"verb": verb, "note": note, "now": now, "job": job, "by_child": child, "by_epoch": self.epoch, **changes},
                 )
-            except sqlite3.IntegrityError as error:
+            except (sqlite3.IntegrityError, OverflowError) as error:
                 raise IllegalMove(f"cannot {verb} job {job}: {error}") from error
             if cursor.rowcount != 1:
                 self._refuse(verb, job, child)
 
-    def _refuse(self, verb: str, job: int, child: str | None) -> None:
-        rows = list(self.db.query("SELECT state, lease_child, lease_epoch FROM job WHERE id = ?", [job]))
-        if not rows:
+    def _refuse(self, verb: str, job: int, child: str | None) -> NoReturn:
+        if not self.exists(job):
             raise NoSuchJob(f"cannot {verb} job {job}: there is none", hint="`whisperd jobs` lists them")
-        row = rows[0]
+        row = self.job(job)
         if child is not None and row["state"] == "running":
             raise LeaseLost(f"cannot {verb} job {job} for {child}: it runs for {row['lease_child']} now")
         raise IllegalMove(f"cannot {verb} job {job}: it is {row['state']}")
@@ -137,16 +149,22 @@ class Ledger(Queries):
     # --- seen, ready ---
 
     def see(self, inbox: int, sighting: Sighting, now: float) -> int:
-        """A file was seen and is not settled. A live job whose content has changed since is gone (replaced), and a new one begins."""
+        """A file was seen and is not settled; returns its job.
+
+        Content that is known under this path, whatever became of it, is not new work. A live job whose content has changed since
+        is gone (replaced), and a new one begins.
+        """
         with self.transaction():
-            live = self.live_job(inbox, sighting.path)
+            live = self.live_job(inbox, sighting.path)  # not always the newest job of the path: an older one may be retried
             if live is not None and live["state"] == "seen":
                 self._move("see", live["id"], now, **_identity(sighting))
                 return int(live["id"])
-            if live is not None:
-                if _sighting(live).same_content(sighting):
-                    return int(live["id"])
+            if live is not None and not _sighting(live).same_content(sighting):
                 self.vanish(live["id"], now, note="the file was replaced")
+                live = None
+            known = live or self.latest_job(inbox, sighting.path)
+            if known is not None and known["state"] != "gone" and _sighting(known).same_content(sighting):
+                return int(known["id"])
             row = {
                 "inbox_id": inbox,
                 "path": sighting.path,
@@ -189,9 +207,18 @@ class Ledger(Queries):
     def checkpoint(self, job: int, child: str, window: Window, now: float, *, lease_s: float, duration_s: float | None = None) -> None:
         """Keep one finished window; it is the lease's heartbeat, too. The same window again changes nothing."""
         with self.transaction():
-            self._move("checkpoint", job, now, child=child, lease_until=now + lease_s, position_s=window.end_s, duration_s=duration_s)
+            self._move(
+                "checkpoint",
+                job,
+                now,
+                child=child,
+                lease_until=now + lease_s,
+                position_s=window.end_s,
+                duration_s=duration_s,
+                interruptions=0,
+            )
             self.db.conn.execute(
-                "INSERT OR IGNORE INTO checkpoint (job_id, window_index, end_s, body) VALUES (?, ?, ?, ?)",
+                "INSERT INTO checkpoint (job_id, window_index, end_s, body) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
                 [job, window.index, window.end_s, _json(window)],
             )
 
@@ -269,26 +296,42 @@ class Ledger(Queries):
     def reserve_name(self, job: int, outbox: bytes, candidates: Sequence[bytes], kind: str) -> bytes:
         """The first of `candidates` that no other source owns, kept for this source for ever. Raises IllegalMove when none is free."""
         with self.transaction():
-            row = self.job(job)
-            owner = {"inbox_id": row["inbox_id"], "path": row["path"], "kind": kind}
-            kept = list(self.db.query("SELECT base FROM name WHERE inbox_id = :inbox_id AND path = :path AND kind = :kind", owner))
+            owner = {"outbox": outbox, **self._source("name", job), "kind": kind}
+            kept = list(
+                self.db.query(
+                    "SELECT base FROM name WHERE outbox = :outbox AND inbox_id = :inbox_id AND path = :path AND kind = :kind", owner
+                )
+            )
             if kept:
                 return bytes(kept[0]["base"])
             for base in candidates:
                 with contextlib.suppress(sqlite3.IntegrityError):
-                    values = {"outbox": outbox, "base": base, **owner}
+                    values = {"base": base, **owner}
                     self.db.conn.execute(_insert("name", values), values)
                     return base
             raise IllegalMove(f"cannot name the {kind} of job {job}: all {len(candidates)} names are taken")
 
     def avoid_name(self, job: int, outbox: bytes, base: bytes) -> None:
-        """A file that is not ours stands at this name: it is not offered again."""
+        """A file that is not ours stands at this name: it is not offered again. A name that another source owns stays its own."""
         with self.transaction():
-            self.db.conn.execute("UPDATE name SET kind = 'avoided' WHERE outbox = ? AND base = ?", [outbox, base])
+            values = {"outbox": outbox, "base": base, **self._source("name", job), "kind": "avoided"}
+            self.db.conn.execute(
+                _insert("name", values) + " ON CONFLICT (outbox, base) DO UPDATE SET kind = 'avoided'"
+                " WHERE inbox_id = excluded.inbox_id AND path = excluded.path",
+                values,
+            )
+
+    def _source(self, verb: str, job: int) -> dict[str, Any]:
+        if not self.exists(job):
+            self._refuse(verb, job, None)
+        row = self.job(job)
+        return {"inbox_id": row["inbox_id"], "path": row["path"]}
 
     def publish(self, job: int, outbox: bytes, files: Sequence[tuple[bytes, str, str]], now: float) -> None:
         """transcribed → done; `files` are (path, format, sha256) as they stand in the outbox."""
         with self.transaction():
+            if not self.exists(job):
+                self._refuse("publish", job, None)
             self._publications(job, outbox, files, now)
             self._move("publish", job, now, ended_at=now)
 
@@ -370,7 +413,9 @@ class Ledger(Queries):
 
     def truncate_wal(self) -> bool:
         """Checkpoint the WAL into the file; False when a reader was in the way (the next one will do)."""
-        with write_lock(self.state_dir):
+        if self._depth:  # asked within a transaction of ours, which holds the lock
+            return False
+        with self._turn, write_lock(self.state_dir):
             busy, _, _ = self.db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             return not busy
 
@@ -389,22 +434,9 @@ class Ledger(Queries):
             ).rowcount
             return dropped
 
-    def backup(self, target: str) -> None:
-        """Copy the whole ledger while it is in use; the copy appears whole under its name or not at all."""
-        partial = target + ".partial"
-        with contextlib.closing(sqlite3.connect(partial)) as copy:
-            self.db.conn.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(partial, target)
-
     def close(self) -> None:
         """The last connection checkpoints when it closes, so closing holds the lock as any checkpoint does."""
-        with write_lock(self.state_dir):
+        with self._turn, write_lock(self.state_dir):
             self.db.conn.close()
 
     def _forget_checkpoints(self, job: int) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 from sqlite_utils import Database
 
-from whisperd.ledger.connection import open_for_reading
+from whisperd.ledger.connection import LedgerStuck, open_for_reading
 from whisperd.vocabulary import JobOptions, State, Window
 
 Row = dict[str, Any]
@@ -21,13 +24,14 @@ _JOBS = f"SELECT {JOB_COLUMNS} FROM job JOIN inbox ON inbox.id = job.inbox_id"
 class Queries:
     """Read access to one ledger."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, state_dir: str) -> None:
         self.db = db
+        self.state_dir = state_dir
 
     @classmethod
     def open(cls, state_dir: str) -> Queries:
         """Open read-only. Raises StateDirError, LedgerBroken."""
-        return cls(open_for_reading(state_dir))
+        return cls(open_for_reading(state_dir), state_dir)
 
     def close(self) -> None:
         self.db.conn.close()
@@ -39,16 +43,20 @@ class Queries:
     # --- jobs ---
 
     def exists(self, job: int) -> bool:
-        return bool(self.db.table("job").count_where("id = ?", [job]))
+        try:
+            return bool(self.db.table("job").count_where("id = ?", [job]))
+        except OverflowError:  # no number that SQLite could hold
+            return False
 
     def job(self, job: int) -> Row:
         """One job with the paths of its inbox and outbox. Raises LookupError."""
-        for row in self.db.query(f"{_JOBS} WHERE job.id = ?", [job]):
-            return row
+        if self.exists(job):
+            for row in self.db.query(f"{_JOBS} WHERE job.id = ?", [job]):
+                return row
         raise LookupError(f"no job {job}")
 
     def jobs(self, *, state: str | None = None, inbox: bytes | None = None, limit: int = -1, newest: bool = False) -> Iterator[Row]:
-        where = [clause for clause, wanted in (("state = :state", state), ("inbox.path = :inbox", inbox)) if wanted is not None]
+        where = [clause for clause, wanted in (("job.state = :state", state), ("inbox.path = :inbox", inbox)) if wanted is not None]
         order = "DESC" if newest else "ASC"
         condition = f" WHERE {' AND '.join(where)}" if where else ""
         parameters = {key: value for key, value in (("state", state), ("inbox", inbox)) if value is not None}
@@ -57,6 +65,11 @@ class Queries:
     def live_job(self, inbox: int, path: bytes) -> Row | None:
         """The one job of a path whose source is still needed."""
         rows = self.db.table("job").rows_where("inbox_id = ? AND path = ? AND state IN ('seen', 'ready', 'running')", [inbox, path])
+        return next(iter(rows), None)
+
+    def latest_job(self, inbox: int, path: bytes) -> Row | None:
+        """The newest job of a path, whatever its state."""
+        rows = self.db.table("job").rows_where("inbox_id = ? AND path = ?", [inbox, path], order_by="id desc", limit=1)
         return next(iter(rows), None)
 
     def latest_per_path(self, inbox: int) -> Iterator[Row]:
@@ -76,9 +89,10 @@ class Queries:
         )
 
     def next_wake(self) -> float | None:
-        """When the earliest postponed job may run."""
+        """When the earliest postponed job may run (of inboxes that are up: one that is down makes itself heard when it is back)."""
         row = self.db.conn.execute(
-            "SELECT min(not_before) FROM job JOIN inbox ON inbox.id = inbox_id WHERE job.state = 'ready' AND inbox.active = 1"
+            "SELECT min(not_before) FROM job JOIN inbox ON inbox.id = inbox_id"
+            " WHERE job.state = 'ready' AND inbox.state = 'up' AND inbox.active = 1"
         ).fetchone()
         return None if row[0] is None else float(row[0])
 
@@ -112,6 +126,14 @@ class Queries:
             )
         )
         return dict(row)
+
+    def only_waiting_work_left(self) -> str:
+        """When all that is open waits for something that is not a file: what that is. "" otherwise."""
+        work = self.open_work()
+        rows = list(self.db.table("job").rows_where("state = 'ready'", select="failure_kind, failure_what", limit=1000))
+        if not rows or work["seen"] or work["running"] or work["unpublished"] or any(row["failure_kind"] != "waiting" for row in rows):
+            return ""
+        return str(rows[0]["failure_what"])
 
     def options(self, row: Row) -> JobOptions:
         return msgspec.json.decode(row["options"], type=JobOptions)
@@ -179,4 +201,37 @@ class Queries:
 
     def integrity(self) -> str:
         """'ok', or what SQLite found."""
-        return str(self.db.conn.execute("PRAGMA integrity_check").fetchone()[0])
+        try:
+            return str(self.db.conn.execute("PRAGMA integrity_check").fetchone()[0])
+        except sqlite3.DatabaseError as error:  # damaged beyond checking
+            return str(error)
+
+    def backup(self, target: str) -> None:
+        """Copy the whole ledger while it is in use; the copy appears whole under its name or not at all."""
+        partial = target + ".partial"
+        source = open_for_reading(self.state_dir).conn  # its own connection: what is not committed yet stays out of the copy
+        try:
+            with contextlib.suppress(FileNotFoundError):  # of an earlier, interrupted backup
+                os.unlink(partial)
+            with contextlib.closing(sqlite3.connect(partial)) as copy:
+                source.backup(copy)
+                copy.execute("PRAGMA journal_mode = DELETE")
+            _sync(partial)
+            os.replace(partial, target)
+            _sync(os.path.dirname(os.path.abspath(target)))
+        except (sqlite3.OperationalError, OSError) as error:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise LedgerStuck(
+                f"cannot back the ledger up to {target}: {error}", hint="is the directory there, and has the disk room?"
+            ) from error
+        finally:
+            source.close()
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -130,7 +130,7 @@ CREATE TABLE name (
   kind     TEXT NOT NULL CHECK (kind IN ('transcript', 'error', 'avoided')),
   PRIMARY KEY (outbox, base)
 ) STRICT, WITHOUT ROWID;
-CREATE UNIQUE INDEX name_of_source ON name (inbox_id, path, kind) WHERE kind <> 'avoided';
+CREATE UNIQUE INDEX name_of_source ON name (outbox, inbox_id, path, kind) WHERE kind <> 'avoided';
 
 CREATE TABLE publication (
   outbox       BLOB NOT NULL,

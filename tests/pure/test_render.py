@@ -1,0 +1,334 @@
+"""render and names: the five formats and the names of files, as pure functions of their arguments."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from whisperd.outbox.failures import BadName, UnknownFormat
+from whisperd.outbox.names import NAME_BYTES_MAX, components, fit_name, temporary
+from whisperd.outbox.publish import Action, decide
+from whisperd.outbox.render import FORMATS, one_line, render, timestamp
+from whisperd.vocabulary import JobOptions, Segment, Summary, Transcript, Word
+
+NASTY = [
+    "00:00:01,000 --> 00:00:02,000",
+    "a ---> b -->",
+    "-\x00->",
+    "one\r\n\r\n2\r\n00:00:03,000 --> 00:00:04,000\r\nforged",
+    "<v Somebody>&amp; <i>&lt;</i>",
+    "NOTE not a note",
+    "tab\tand\x0bvertical\x85next\u2028line\u2029paragraph",
+    "שלום \u202eright to left\u202c עולם",
+    "👩‍👩‍👧‍👦 🏳️‍🌈",
+    "\ufeffbyte order mark",
+    "\udc80 half a character",
+    "\x00\x1b[31m\x7f",
+    " \u00a0\u3000 ",
+    "",
+]
+
+texts = st.one_of(st.sampled_from(NASTY), st.text(st.characters(exclude_categories=())), st.text("-> \n\r&<;0:,."))
+times = st.floats(0, 400_000, allow_nan=False)
+words = st.builds(Word, start_s=times, end_s=times, text=texts, probability=st.floats(0, 1))
+segments = st.builds(
+    Segment,
+    start_s=times,
+    end_s=times,
+    text=texts,
+    avg_logprob=st.floats(-5, 0),
+    no_speech_prob=st.floats(0, 1),
+    compression_ratio=st.floats(0, 9),
+    temperature=st.sampled_from([0.0, 0.2]),
+    words=st.lists(words, max_size=2).map(tuple),
+)
+
+SUMMARY = Summary(
+    duration_s=61.25,
+    speech_s=40.5,
+    windows=3,
+    source_sha256="ab" * 32,
+    container="matroska,webm",
+    codec="opus",
+    model="large-v3",
+    model_revision="f0fe81560cb8",
+    device="cuda:0",
+    compute_type="float16",
+    engine_version="faster-whisper 1.2.1",
+)
+
+
+def transcript(*segments: Segment, source: str = "talk.opus", mtime_ns: int = 1_700_000_000_123_456_789) -> Transcript:
+    return Transcript(
+        source=source,
+        size=1234,
+        mtime_ns=mtime_ns,
+        language="en",
+        language_probability=0.98,
+        segments=segments,
+        options=JobOptions(word_timestamps=True),
+        summary=SUMMARY,
+    )
+
+
+TWO = transcript(
+    Segment(start_s=0.0, end_s=1.5, text=" Hello & <welcome>"),
+    Segment(start_s=3599.9996, end_s=3723.0049, text=" a --> b", words=(Word(start_s=3600, end_s=3601, text=" a", probability=0.5),)),
+)
+
+
+# --- two small strict readers --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cue:
+    start_ms: int
+    end_ms: int
+    text: str
+
+
+def read_timing(line: str, comma: str) -> tuple[int, int]:
+    found = re.fullmatch(rf"(\d\d+):([0-5]\d):([0-5]\d){comma}(\d{{3}}) --> (\d\d+):([0-5]\d):([0-5]\d){comma}(\d{{3}})", line, re.ASCII)
+    assert found, line
+    figures = [int(figure) for figure in found.groups()]
+    start, end = (((h * 60 + m) * 60 + s) * 1000 + ms for h, m, s, ms in (figures[:4], figures[4:]))
+    return start, end
+
+
+def read_text(line: str) -> str:
+    assert line.strip() == line != ""
+    assert "-->" not in line
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]", line)
+    return line
+
+
+def read_srt(data: bytes) -> list[Cue]:
+    if not data:
+        return []
+    text = data.decode("utf-8")
+    assert text.endswith("\n") and not text.endswith("\n\n")
+    found = []
+    for number, block in enumerate(text[:-1].split("\n\n"), 1):
+        head, timing, line = block.split("\n")
+        assert head == str(number)
+        found.append(Cue(*read_timing(timing, ","), read_text(line)))
+    return found
+
+
+def read_vtt(data: bytes) -> list[Cue]:
+    text = data.decode("utf-8")
+    assert text.endswith("\n") and not text.endswith("\n\n")
+    header, *blocks = text[:-1].split("\n\n")
+    assert header == "WEBVTT"
+    found = []
+    for block in blocks:
+        timing, line = block.split("\n")
+        assert re.fullmatch("(?:[^&<>]|&amp;|&lt;|&gt;)+", read_text(line))
+        found.append(Cue(*read_timing(timing, "\\."), line.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")))
+    return found
+
+
+def read_tsv(data: bytes) -> list[Cue]:
+    header, *rows = data.decode("utf-8").removesuffix("\n").split("\n")
+    assert header == "start\tend\ttext"
+    found = []
+    for row in rows:
+        start, end, text = row.split("\t")
+        found.append(Cue(int(start), int(end), text))
+    return found
+
+
+def runs_forward(found: list[Cue]) -> bool:
+    """Whether the cues run as the WebVTT specification asks: each ends after its start, and none lies over the next."""
+    return all(cue.start_ms < cue.end_ms for cue in found) and all(one.end_ms <= two.start_ms for one, two in pairwise(found))
+
+
+# --- claims --------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_each_format_looks_like() -> None:
+    """The shapes are fixed to the byte."""
+    assert render(TWO, "txt") == b"Hello & <welcome>\na --> b\n"
+    assert render(TWO, "srt") == (b"1\n00:00:00,000 --> 00:00:01,500\nHello & <welcome>\n\n2\n01:00:00,000 --> 01:02:03,005\na -> b\n")
+    assert render(TWO, "vtt") == (
+        b"WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHello &amp; &lt;welcome&gt;\n\n01:00:00.000 --> 01:02:03.005\na --&gt; b\n"
+    )
+    assert render(TWO, "tsv") == b"start\tend\ttext\n0\t1500\tHello & <welcome>\n3600000\t3723005\ta --> b\n"
+
+
+def test_json_carries_text_and_provenance() -> None:
+    """The json format says what was transcribed, with what, and how sure the decoder was (F102)."""
+    made = json.loads(render(TWO, "json"))
+    assert list(made) == ["schema", "source", "engine", "options", "language", "language_probability", "text", "segments"]
+    assert made["schema"] == "whisperd.transcript/1"
+    assert made["source"] == {
+        "name": "talk.opus",
+        "size": 1234,
+        "modified_at": "2023-11-14T22:13:20.123456Z",
+        "mtime_ns": 1_700_000_000_123_456_789,
+        "sha256": "ab" * 32,
+        "container": "matroska,webm",
+        "codec": "opus",
+        "duration_s": 61.25,
+        "speech_s": 40.5,
+    }
+    assert made["engine"] == {
+        "version": "faster-whisper 1.2.1",
+        "model": "large-v3",
+        "model_revision": "f0fe81560cb8",
+        "device": "cuda:0",
+        "compute_type": "float16",
+    }
+    assert made["options"] == json.loads(msgspec.json.encode(TWO.options))
+    assert made["text"] == "Hello & <welcome>\na --> b"
+    first, second = made["segments"]
+    assert list(first) == ["id", "start", "end", "text", "avg_logprob", "no_speech_prob", "compression_ratio", "temperature"]
+    assert (second["id"], second["start"], second["end"], second["text"]) == (1, 3600.0, 3723.005, "a --> b")
+    assert second["words"] == [{"start": 3600.0, "end": 3601.0, "word": " a", "probability": 0.5}]
+
+
+def test_silence_gives_whole_if_empty_files() -> None:
+    """A recording without speech has a transcript in every format: empty, or with nothing but the header."""
+    empty = transcript()
+    assert {name: render(empty, name) for name in ("txt", "srt", "vtt", "tsv")} == {
+        "txt": b"",
+        "srt": b"",
+        "vtt": b"WEBVTT\n",
+        "tsv": b"start\tend\ttext\n",
+    }
+    assert json.loads(render(empty, "json"))["segments"] == []
+
+
+def test_unknown_format_is_named() -> None:
+    """A format that nobody renders is refused with the list of those that exist."""
+    with pytest.raises(UnknownFormat) as caught:
+        render(TWO, "docx")
+    assert caught.value.failure().code == "unknown_format"
+    assert "txt, srt, vtt, tsv, json" in caught.value.hint
+
+
+def test_years_without_a_calendar() -> None:
+    """A modification time that no calendar has (a broken share) is no reason to fail."""
+    made = json.loads(render(transcript(mtime_ns=10**30), "json"))
+    assert (made["source"]["modified_at"], made["source"]["mtime_ns"]) == (None, 10**30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(segments, max_size=6))
+@example([Segment(start_s=0, end_s=1, text=text) for text in NASTY])
+def test_strict_readers_read_back_every_text(made: list[Segment]) -> None:
+    """Whatever was heard, srt, vtt and tsv stay well-formed, carry the same lines as txt, and their cues run forward."""
+    whole = transcript(*made)
+    lines = [line for segment in made if (line := one_line(segment.text).strip())]
+    assert render(whole, "txt").decode() == "".join(f"{line}\n" for line in lines)
+    srt, vtt, tsv = read_srt(render(whole, "srt")), read_vtt(render(whole, "vtt")), read_tsv(render(whole, "tsv"))
+    assert [cue.text for cue in vtt] == [cue.text for cue in tsv] == lines
+    assert [cue.text for cue in srt] == [re.sub("-{2,}>", "->", line) for line in lines]
+    assert runs_forward(srt) and runs_forward(vtt) and runs_forward(tsv)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(segments, max_size=4), texts)
+def test_json_is_strict_and_complete(made: list[Segment], source: str) -> None:
+    """The json format is valid UTF-8 JSON with every segment, its times in whole milliseconds and never backwards."""
+    read = msgspec.json.decode(render(transcript(*made, source=source), "json"))
+    assert [segment["id"] for segment in read["segments"]] == list(range(len(made)))
+    for segment in read["segments"]:
+        assert 0 <= segment["start"] <= segment["end"]
+        assert round(segment["start"], 3) == segment["start"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(segments.filter(lambda segment: segment.text.isascii()), max_size=4))
+def test_the_same_transcript_gives_the_same_bytes(made: list[Segment]) -> None:
+    """After the journey through the staged file the bytes are the same: the outbox knows its own files by that."""
+    made = [msgspec.structs.replace(segment, words=()) for segment in made]
+    whole = transcript(*made)
+    again = msgspec.json.decode(msgspec.json.encode(whole), type=Transcript)
+    assert {name: render(whole, name) for name in FORMATS} == {name: render(again, name) for name in FORMATS}
+
+
+def test_overlapping_and_instant_segments() -> None:
+    """A segment that runs into the next ends where the next begins; one without length is a millisecond long."""
+    made = transcript(
+        Segment(start_s=0, end_s=5, text="long"), Segment(start_s=3, end_s=3, text="now"), Segment(start_s=3, end_s=2, text="back")
+    )
+    assert read_srt(render(made, "srt")) == [Cue(0, 3000, "long"), Cue(3000, 3001, "now"), Cue(3001, 3002, "back")]
+
+
+def test_recordings_of_more_than_a_hundred_runs_forward() -> None:
+    """Hours grow past two digits rather than wrap."""
+    assert timestamp(400_000_000, ",") == "111:06:40,000"
+
+
+# --- names ---------------------------------------------------------------------------------------------------------------------
+
+
+names = st.binary(min_size=200, max_size=400).map(lambda name: name.replace(b"/", b"_"))
+long_names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=70, max_size=255)
+
+
+@settings(max_examples=200, deadline=None)
+@given(names, st.sampled_from([b".txt", b".json", b".error.txt"]))
+def test_a_fitted_name_fits(name: bytes, suffix: bytes) -> None:
+    """Every name fits with its suffix, one that fitted already is untouched, and the folder never changes."""
+    fitted = fit_name(b"folder/" + name, suffix).removeprefix(b"folder/")
+    assert len(fitted + suffix) <= NAME_BYTES_MAX
+    if len(name + suffix) <= NAME_BYTES_MAX:
+        assert fitted == name
+    else:
+        assert name.startswith(fitted[:-9])
+        assert fitted[-9:-8] == b"~"
+
+
+@settings(deadline=None)
+@given(long_names)
+@example("é" * 126 + "x")
+@example("🎙" * 63 + "abc")
+def test_a_cut_never_splits_a_character(name: str) -> None:
+    """A name in UTF-8 stays one."""
+    fit_name(name.encode(), b".json").decode()
+
+
+def test_long_names_that_differ_at_the_end_stay_different() -> None:
+    """The mark stands for the whole name."""
+    one, two = (fit_name(b"x" * 254 + last, b".txt") for last in (b"1", b"2"))
+    assert one != two
+
+
+@pytest.mark.parametrize("path", [b"", b"/etc/passwd", b"..", b"a/../b", b"./a", b"a//b", b"a/", b"a\0b"])
+def test_names_that_lead_elsewhere_are_refused(path: bytes) -> None:
+    """Only plain paths below the outbox are names."""
+    with pytest.raises(BadName):
+        components(path)
+
+
+def test_temporary_names_are_short_and_hidden() -> None:
+    """A temporary name holds nothing of the source's name, so it always fits, and every watcher ignores it."""
+    assert temporary(12, "error.txt") == b".whisperd-12.error.txt.tmp"
+
+
+@pytest.mark.parametrize(
+    ("standing", "own", "action"),
+    [
+        (None, None, Action.CREATE),
+        (None, "old", Action.CREATE),
+        ("new", None, Action.KEEP),
+        ("new", "old", Action.KEEP),
+        ("old", "old", Action.REPLACE),
+        ("old", None, Action.REFUSE),
+        ("edited", "old", Action.REFUSE),
+        ("foreign", None, Action.REFUSE),
+        ("foreign", "old", Action.REFUSE),
+    ],
+)
+def test_what_may_happen_at_a_name(standing: str | None, own: str | None, action: Action) -> None:
+    """Only what is absent is created and only what is still as we wrote it is replaced."""
+    assert decide(standing, "new", own) is action

@@ -1,0 +1,466 @@
+"""The watcher as a process: real wire, real inotify, real ledger. The test plays the daemon; it waits for frames, not for time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from whisperd.child import Child
+from whisperd.ledger.ledger import Ledger
+from whisperd.vocabulary import JobOptions, Sighting
+from whisperd.watcher.hints import Hints
+from whisperd.watcher.scan import InboxAbsent, scan
+from whisperd.wire import (
+    InboxDown,
+    OpenSource,
+    Scanned,
+    ScanNow,
+    Sightings,
+    SourceLost,
+    SourceOpened,
+    WatcherOut,
+    WatcherReady,
+    WatchInbox,
+)
+
+QUIET_S = 0.25
+PATIENCE_S = 20.0
+
+
+class Daemon:
+    """As much of the daemon as a watcher needs: it keeps what it is told in a ledger."""
+
+    def __init__(self, home: Path) -> None:
+        self.inbox = home / "inbox"
+        self.inbox.mkdir()
+        self.outbox = self.inbox / "outbox"
+        self.outbox.mkdir()
+        self.state = home / "state"
+        self.state.mkdir()
+        self.ledger = Ledger(str(self.state), epoch="test")
+        self.number = self.ledger.register_inbox(os.fsencode(self.inbox), os.fsencode(self.outbox), 1.0)
+        self.frames: list[WatcherOut] = []
+        self.descriptors: list[int] = []
+        self.child: Child[WatcherOut] | None = None
+
+    def watch(self, *, events: str = "auto", quiet_s: float = QUIET_S, rescan_s: float = 60.0, poll_s: float = 0.2) -> None:
+        self.frames = []
+        self.child = Child(name="watcher", module="whisperd.watcher", receives=WatcherOut, now=time.monotonic())
+        self.child.send(
+            WatchInbox(
+                inbox=self.number,
+                path=os.fsencode(self.inbox),
+                ledger=str(self.state),
+                exclude=(os.fsencode(self.outbox),),
+                include=("*.mp3", "*.wav"),
+                ignore=("draft*",),
+                recursive=True,
+                events=events,
+                quiet_s=quiet_s,
+                rescan_s=rescan_s,
+                poll_s=poll_s,
+            )
+        )
+
+    def stop(self) -> str:
+        """Stop the watcher and say how it ended; a traceback or an error of its own fails the test."""
+        if self.child is None:
+            return ""
+        child, self.child = self.child, None
+        child.drain(time.monotonic())
+        ending = child.gone(time.monotonic())
+        assert not [line for line in child.last_lines if "Traceback" in line or line.startswith("ERROR")], list(child.last_lines)
+        return ending
+
+    def take_in(self, timeout_s: float) -> None:
+        assert self.child is not None
+        for frame in self.child.channel.wait(timeout_s):
+            self.frames.append(frame.message)
+            self.descriptors += frame.descriptors
+            if isinstance(frame.message, Sightings):
+                with self.ledger.transaction():
+                    self._store(frame.message)
+
+    def _store(self, news: Sightings) -> None:
+        for sighting in news.seen:
+            self.ledger.see(self.number, sighting, 1.0)
+        for sighting in news.settled:
+            job = self.ledger.see(self.number, sighting, 1.0)
+            if self.ledger.job(job)["state"] == "seen":
+                self.ledger.settle(job, sighting, JobOptions(), 1.0)
+        for path in news.vanished:
+            live = self.ledger.live_job(self.number, path)
+            if live is not None:
+                self.ledger.vanish(live["id"], 1.0)
+
+    def until(self, done: Callable[[], object]) -> None:
+        """Take in frames until it is so."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not done():
+            left = deadline - time.monotonic()
+            assert left > 0, f"still not so; heard {self.frames}, it said {self.child and self.child.read_stderr()}"
+            self.take_in(left)
+
+    def scanned(self) -> Scanned:
+        """Ask for a scan and wait until it is over."""
+        assert self.child is not None
+        before = self.count(Scanned)
+        self.child.send(ScanNow())
+        self.until(lambda: self.count(Scanned) > before)
+        return [frame for frame in self.frames if isinstance(frame, Scanned)][-1]
+
+    def count(self, kind: type) -> int:
+        return sum(isinstance(frame, kind) for frame in self.frames)
+
+    def told(self, what: str) -> list[Sighting]:
+        return [item for frame in self.frames if isinstance(frame, Sightings) for item in getattr(frame, what)]
+
+    def names(self, what: str) -> list[bytes]:
+        return [sighting.path for sighting in self.told(what)]
+
+    def vanished(self) -> list[bytes]:
+        return [path for frame in self.frames if isinstance(frame, Sightings) for path in frame.vanished]
+
+    def settled(self, *names: bytes) -> None:
+        """Wait until exactly these have settled."""
+        self.until(lambda: set(self.names("settled")) >= set(names))
+        assert sorted(self.names("settled")) == sorted(names)
+
+    def open(self, sighting: Sighting) -> SourceOpened | SourceLost:
+        assert self.child is not None
+        before = self.count(SourceOpened) + self.count(SourceLost)
+        self.child.send(OpenSource(job=5, sighting=sighting))
+        self.until(lambda: self.count(SourceOpened) + self.count(SourceLost) > before)
+        return [frame for frame in self.frames if isinstance(frame, SourceOpened | SourceLost)][-1]
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    daemon = Daemon(tmp_path)
+    yield daemon
+    try:
+        daemon.stop()
+    finally:
+        for descriptor in daemon.descriptors:
+            os.close(descriptor)
+        daemon.ledger.close()
+
+
+# --- settling ---
+
+
+def test_a_dropped_file_is_seen_then_settled_and_told_once(daemon: Daemon) -> None:
+    """By inotify alone: the next regular scan is a minute away. The figures that say "nothing waits" come after the news."""
+    daemon.watch()
+    daemon.until(lambda: daemon.count(Scanned))
+    assert daemon.frames[0] == WatcherReady(events="native")
+    (daemon.inbox / "talk.mp3").write_bytes(b"sound")
+    daemon.settled(b"talk.mp3")
+    daemon.until(lambda: isinstance(daemon.frames[-1], Scanned))
+    last = daemon.frames[-1]
+    assert isinstance(last, Scanned)
+    assert (last.files, last.unsettled, last.left_out) == (1, 0, 0)
+    assert set(daemon.names("seen")) == {b"talk.mp3"}
+    assert daemon.told("settled")[0].size == 5
+    before = list(daemon.frames)
+    assert daemon.scanned().files == 1
+    assert [frame for frame in daemon.frames[len(before) :] if not isinstance(frame, Scanned)] == []
+
+
+def test_a_file_that_keeps_growing_settles_when_it_stops(daemon: Daemon) -> None:
+    """Each part begins the quiet period anew, also when the file is closed between the parts."""
+    daemon.watch(quiet_s=0.6)
+    path = daemon.inbox / "talk.mp3"
+    for part in range(1, 5):
+        with path.open("ab") as file:
+            file.write(b"sound")
+        daemon.until(lambda size=5 * part: size in [sighting.size for sighting in daemon.told("seen")])  # type: ignore[misc]
+    daemon.settled(b"talk.mp3")
+    assert daemon.told("settled")[0].size == 20
+
+
+def test_a_file_held_open_for_writing_does_not_settle(daemon: Daemon) -> None:
+    """However long it is quiet: a recorder may pause. It settles when its writer is gone."""
+    daemon.watch()
+    with (daemon.inbox / "talk.mp3").open("wb") as file:
+        file.write(b"sound")
+        file.flush()
+        daemon.until(lambda: daemon.names("seen"))
+        quiet_until = time.monotonic() + 3 * QUIET_S
+        while time.monotonic() < quiet_until:
+            assert daemon.scanned().unsettled == 1
+        assert daemon.told("settled") == []
+    daemon.settled(b"talk.mp3")
+
+
+def test_a_name_that_says_not_yet_is_waited_for(daemon: Daemon) -> None:
+    """A browser's download appears when it gets its final name."""
+    (daemon.inbox / "talk.mp3.part").write_bytes(b"sound")
+    daemon.watch()
+    assert daemon.scanned().files == 0
+    (daemon.inbox / "talk.mp3.part").rename(daemon.inbox / "talk.mp3")
+    daemon.settled(b"talk.mp3")
+    assert daemon.scanned().left_out == 0
+
+
+# --- what counts ---
+
+
+def test_nested_directories_and_a_populated_one_that_is_moved_in(daemon: Daemon, tmp_path: Path) -> None:
+    """However deep, and though no event tells of what was in there before; what is added there later is heard, too."""
+    daemon.watch()
+    daemon.until(lambda: daemon.count(Scanned))
+    (daemon.inbox / "a/b/c").mkdir(parents=True)
+    (daemon.inbox / "a/b/c/deep.mp3").write_bytes(b"1")
+    (tmp_path / "album/one").mkdir(parents=True)
+    (tmp_path / "album/one/first.wav").write_bytes(b"2")
+    (tmp_path / "album").rename(daemon.inbox / "album")
+    daemon.settled(b"a/b/c/deep.mp3", b"album/one/first.wav")
+    (daemon.inbox / "album/one/second.wav").write_bytes(b"3")
+    daemon.settled(b"a/b/c/deep.mp3", b"album/one/first.wav", b"album/one/second.wav")
+
+
+def test_only_recordings_count(daemon: Daemon, tmp_path: Path) -> None:
+    """No symbolic link (to a file or a directory), no pipe, no hidden directory, no outbox, no ignored name; other files are counted."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.mp3").write_bytes(b"1")
+    (daemon.inbox / "link.mp3").symlink_to(outside / "secret.mp3")
+    (daemon.inbox / "folder").symlink_to(outside)
+    (daemon.inbox / ".stversions").mkdir()
+    for name in (".stversions/old.mp3", "outbox/own.mp3", "draft.mp3", "notes.txt", "talk.mp3"):
+        (daemon.inbox / name).write_bytes(b"1")
+    os.mkfifo(daemon.inbox / "pipe.mp3")
+    daemon.watch()
+    daemon.settled(b"talk.mp3")
+    last = daemon.scanned()
+    assert (last.files, last.left_out) == (1, 1)
+
+
+def test_names_are_bytes(daemon: Daemon) -> None:
+    """Line breaks, invalid UTF-8, the longest name there is, a leading dash."""
+    names = [b"two\nlines.mp3", b"not \xff utf-8 \xc3.mp3", b"x" * 251 + b".mp3", b"-rf.mp3", b" .mp3", "schön.MP3".encode()]
+    root = os.fsencode(daemon.inbox)
+    for name in names:
+        Path(os.fsdecode(root + b"/" + name)).write_bytes(b"1")
+    daemon.watch()
+    daemon.settled(*names)
+    assert isinstance(daemon.open(daemon.told("settled")[0]), SourceOpened)
+
+
+def test_many_files_travel_in_frames_of_bounded_size(daemon: Daemon) -> None:
+    """Each once."""
+    for number in range(600):
+        (daemon.inbox / f"{number}.mp3").touch()
+    daemon.watch()
+    daemon.until(lambda: len(daemon.told("settled")) >= 600)
+    assert len(set(daemon.names("settled"))) == len(daemon.names("settled")) == len(daemon.names("seen")) == 600
+    assert max(len(frame.seen) + len(frame.settled) for frame in daemon.frames if isinstance(frame, Sightings)) <= 500
+
+
+# --- against the ledger ---
+
+
+def test_a_restart_forgets_nothing_and_repeats_nothing(daemon: Daemon) -> None:
+    """What is beyond `seen` is not told again; what was seen and not settled settles without being news."""
+    (daemon.inbox / "done.mp3").write_bytes(b"1")
+    daemon.watch()
+    daemon.settled(b"done.mp3")
+    assert daemon.stop() == "ended normally"
+    (daemon.inbox / "late.mp3").write_bytes(b"2")
+    daemon.watch(quiet_s=60)
+    daemon.until(lambda: daemon.names("seen"))
+    assert daemon.stop() == "ended normally"
+    daemon.watch()
+    daemon.settled(b"late.mp3")
+    assert daemon.names("seen") == []
+    assert [row["state"] for row in daemon.ledger.jobs()] == ["ready", "ready"]
+
+
+def test_replaced_and_deleted_files_are_told(daemon: Daemon) -> None:
+    """New content under an old name is new work; a file that is deleted has vanished, once."""
+    path = daemon.inbox / "talk.mp3"
+    path.write_bytes(b"first")
+    daemon.watch()
+    daemon.settled(b"talk.mp3")
+    (daemon.inbox / "new.tmp").write_bytes(b"second")
+    (daemon.inbox / "new.tmp").rename(path)
+    daemon.until(lambda: [sighting.size for sighting in daemon.told("settled")] == [5, 6])
+    assert [row["state"] for row in daemon.ledger.jobs()] == ["gone", "ready"]
+    path.unlink()
+    daemon.until(daemon.vanished)
+    assert daemon.scanned().files == 0
+    assert daemon.vanished() == [b"talk.mp3"]
+    assert [row["state"] for row in daemon.ledger.jobs()] == ["gone", "gone"]
+
+
+# --- absent and exchanged ---
+
+
+def test_an_inbox_that_is_away_is_down_and_comes_back_by_itself(daemon: Daemon, tmp_path: Path) -> None:
+    """Its files have not vanished; it is told once, with what to do; hints work again afterwards."""
+    (daemon.inbox / "talk.mp3").write_bytes(b"1")
+    daemon.watch()
+    daemon.settled(b"talk.mp3")
+    daemon.inbox.rename(tmp_path / "away")
+    daemon.until(lambda: daemon.count(InboxDown))
+    lost = daemon.open(daemon.told("settled")[0])
+    assert isinstance(lost, SourceLost)
+    assert lost.reason == "down"
+    scans = daemon.count(Scanned)
+    (tmp_path / "away").rename(daemon.inbox)
+    daemon.until(lambda: daemon.count(Scanned) > scans)
+    assert daemon.vanished() == []
+    downs = [frame for frame in daemon.frames if isinstance(frame, InboxDown)]
+    assert len(downs) == 1
+    assert "No such file" in downs[0].what
+    assert downs[0].hint
+    (daemon.inbox / "more.mp3").write_bytes(b"2")
+    daemon.settled(b"talk.mp3", b"more.mp3")
+
+
+def test_an_inbox_that_is_absent_at_the_start_is_waited_for(daemon: Daemon) -> None:
+    """The process does not end over it."""
+    daemon.outbox.rmdir()
+    daemon.inbox.rmdir()
+    daemon.watch()
+    daemon.until(lambda: daemon.count(InboxDown))
+    assert daemon.count(Scanned) == 0
+    daemon.inbox.mkdir()
+    daemon.until(lambda: daemon.count(Scanned))
+    (daemon.inbox / "talk.mp3").write_bytes(b"1")
+    daemon.settled(b"talk.mp3")
+
+
+def test_a_directory_that_takes_the_inbox_s_place_is_watched(daemon: Daemon, tmp_path: Path) -> None:
+    """inotify would stay with the old one, which is not the inbox any more."""
+    daemon.watch()
+    daemon.until(lambda: daemon.count(Scanned))
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    daemon.inbox.rename(tmp_path / "old")
+    fresh.rename(daemon.inbox)
+    (daemon.inbox / "first.mp3").write_bytes(b"1")
+    daemon.settled(b"first.mp3")
+    (daemon.inbox / "second.mp3").write_bytes(b"2")
+    daemon.settled(b"first.mp3", b"second.mp3")
+
+
+def test_polling_needs_no_events(daemon: Daemon) -> None:
+    """As on a share, where there are none."""
+    daemon.watch(events="polling")
+    daemon.until(lambda: daemon.count(Scanned))
+    assert daemon.frames[0] == WatcherReady(events="polling")
+    (daemon.inbox / "talk.mp3").write_bytes(b"1")
+    daemon.settled(b"talk.mp3")
+    (daemon.inbox / "talk.mp3").unlink()
+    daemon.until(daemon.vanished)
+
+
+# --- opening ---
+
+
+def test_a_settled_file_is_opened_and_nothing_else(daemon: Daemon, tmp_path: Path) -> None:
+    """The descriptor reads the file that settled. Refused by name: a changed file, a link in its place or on the way, a deleted one."""
+    (daemon.inbox / "folder").mkdir()
+    (daemon.inbox / "folder/talk.mp3").write_bytes(b"sound")
+    (daemon.inbox / "other.mp3").write_bytes(b"sound")
+    daemon.watch()
+    daemon.settled(b"folder/talk.mp3", b"other.mp3")
+    nested, plain = sorted(daemon.told("settled"), key=lambda sighting: sighting.path)
+    assert isinstance(daemon.open(nested), SourceOpened)
+    assert os.read(daemon.descriptors[0], 100) == b"sound"
+
+    def refused(sighting: Sighting) -> str:
+        answer = daemon.open(sighting)
+        assert isinstance(answer, SourceLost)
+        return answer.reason
+
+    times = os.stat(daemon.inbox / "folder/talk.mp3")
+    (daemon.inbox / "folder").rename(tmp_path / "outside")
+    (daemon.inbox / "folder").symlink_to(tmp_path / "outside")
+    assert os.stat(daemon.inbox / "folder/talk.mp3") == times
+    assert refused(nested) == "gone"
+    (daemon.inbox / "other.mp3").write_bytes(b"another sound")
+    assert refused(plain) == "changed"
+    (daemon.inbox / "other.mp3").unlink()
+    (daemon.inbox / "other.mp3").symlink_to(tmp_path / "outside/talk.mp3")
+    assert refused(plain) == "gone"
+    (daemon.inbox / "other.mp3").unlink()
+    assert refused(plain) == "gone"
+
+
+# --- the end ---
+
+
+def test_a_watcher_ends_with_its_daemon(daemon: Daemon) -> None:
+    """The wire closes: it ends in order, without a word."""
+    daemon.watch()
+    daemon.until(lambda: daemon.count(Scanned))
+    child, daemon.child = daemon.child, None
+    assert child is not None
+    child.channel._socket.shutdown(2)
+    assert child.gone(time.monotonic()) == "ended normally"
+    assert list(child.last_lines) == []
+
+
+# --- parts, without a process ---
+
+
+def test_a_scan_tells_an_absent_inbox_from_an_empty_one(tmp_path: Path) -> None:
+    """Absent is an error with a hint; empty is a result that says so."""
+    with pytest.raises(InboxAbsent, match="cannot list the inbox") as caught:
+        scan(os.fsencode(tmp_path / "none"), (), (), (), recursive=True)
+    assert caught.value.hint
+    assert scan(os.fsencode(tmp_path), (), (), (), recursive=True).empty
+
+
+def test_a_scan_goes_as_deep_as_asked_and_no_deeper_than_is_sane(tmp_path: Path) -> None:
+    """Not recursive: the inbox itself. Recursive: a hundred levels, and what is left out is named."""
+    deep = tmp_path
+    for _ in range(105):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    (deep / "lost.mp3").touch()
+    (tmp_path / "d/found.mp3").touch()
+    (tmp_path / "top.mp3").touch()
+    root = os.fsencode(tmp_path)
+    assert set(scan(root, (), (), (), recursive=False).sightings) == {b"top.mp3"}
+    found = scan(root, (), (), (), recursive=True)
+    assert set(found.sightings) == {b"top.mp3", b"d/found.mp3"}
+    assert len(found.skipped) == 1
+
+
+def test_hints_are_rebuilt_when_they_lost_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer watches than directories, twice: built anew. Still fewer: the loop polls besides."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    woken = threading.Event()
+    hints = Hints(os.fsencode(tmp_path), recursive=True, wake=woken.set)
+    found = tmp_path.stat()
+    identity = (found.st_dev, found.st_ino)
+    try:
+        hints.keep(identity, native=True)
+        first = hints._observer
+        assert not hints.polling
+        for now in (0, 10):
+            hints.count(1, now)
+        assert not woken.is_set()
+        for now in (20, 30):
+            hints.count(2, now)
+        assert woken.is_set()
+        hints.keep(identity, native=True)
+        assert hints._observer is not first
+        for now in (40, 50):
+            hints.count(2, now)
+        assert hints.polling
+        hints.count(1, 60)
+        assert not hints.polling
+        hints.keep(identity, native=False)
+        assert hints.polling
+    finally:
+        hints.stop()

@@ -1,0 +1,31 @@
+"""`whisperd jobs`: the ledger, a line a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from whisperd import config
+from whisperd.ledger.queries import Queries
+from whisperd.report import life
+from whisperd.vocabulary import State
+
+
+def add(verbs: Any, common: argparse.ArgumentParser) -> None:
+    command = verbs.add_parser("jobs", parents=[common], help="list files and where they stand")
+    command.add_argument("--state", choices=[state.value for state in State], help="only these")
+    command.add_argument("--inbox", metavar="DIR", help="only of this inbox")
+    command.add_argument("--limit", type=int, default=100, help="newest N (default 100, 0 for all)")
+    command.add_argument("--json", action="store_true", help=f"machine-readable (a list of {life.SCHEMA}, short form)")
+    command.set_defaults(act=act)
+
+
+def act(args: argparse.Namespace) -> int:
+    ledger = Queries.open(config.load(args.config).state_dir)
+    inbox = os.fsencode(os.path.normpath(os.path.abspath(args.inbox))) if args.inbox else None
+    newest = [life.brief(row) for row in ledger.jobs(state=args.state, inbox=inbox, limit=args.limit or -1, newest=True)]
+    rows = newest[::-1]
+    print(json.dumps(rows, indent=2) if args.json else life.table(rows))
+    return 0

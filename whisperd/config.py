@@ -1,0 +1,366 @@
+"""config: every setting, typed, ranged and explained. The only reader of configuration files and of the environment.
+
+Order: defaults, then the TOML file, then `WHISPERD_SECTION__KEY` in the environment. An unknown key is an error: a typing mistake
+must not silently mean the default. Fails with `ConfigError` that names the key, the value and what is allowed.
+docs/settings.md and etc/whisperd.toml are generated from the descriptions here (`python -m whisperd.config`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from whisperd.errors import ConfigError
+from whisperd.vocabulary import JobOptions
+
+DEFAULT_PATH = "/etc/whisperd/whisperd.toml"
+FORMATS = ("txt", "srt", "vtt", "tsv", "json")
+
+Format = Literal["txt", "srt", "vtt", "tsv", "json"]
+Language = Annotated[str, Field(pattern=r"^(auto|[a-z]{2,3})$")]
+
+RECORDINGS = tuple(
+    f"*.{suffix}"
+    for line in (
+        "wav w64 mp3 mp2 flac m4a m4b aac ogg oga opus wma aif aiff aifc amr 3gp 3g2 caf au snd ac3 ape wv tta mpc gsm voc dsf sph dss",
+        "mka weba webm mkv mp4 m4v mov avi wmv asf flv mpg mpeg ts mts m2ts",
+    )
+    for suffix in line.split()
+)
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are refused, values are read-only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineSettings(Section):
+    """The model and the device that runs it."""
+
+    model: str = Field(
+        "auto",
+        min_length=1,
+        description='"auto" chooses a Whisper model by the hardware. Otherwise a model name ("small", "large-v3-turbo"), a repository '
+        'id of the model hub, or the absolute path of a directory with a CTranslate2 model. "demo" is the tiny embedded one: it knows '
+        "a few hundred spoken English words and is for trying whisperd out, nothing else.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto takes a GPU when there is one.")
+    compute_type: Literal["auto", "int8", "int8_float16", "int8_float32", "int8_bfloat16", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="Precision of the model. auto: float16 on a GPU, int8 on a CPU."
+    )
+    cpu_threads: int = Field(0, ge=0, le=32, description="Threads of each engine process on a CPU; 0 shares the cores among the workers.")
+    offline: bool = Field(False, description="Never use the network, not even to fetch a model that is absent.")
+    duration_max_s: float = Field(86_400.0, gt=0, description="Longer recordings are refused.")
+    channels_max: int = Field(32, ge=1, le=512, description="Recordings with more channels are refused.")
+    rate_max_hz: int = Field(768_000, ge=8_000, description="Recordings with a higher sampling rate are refused.")
+
+    @model_validator(mode="after")
+    def _cpu_has_no_half(self) -> EngineSettings:
+        if self.device == "cpu" and self.compute_type in ("float16", "bfloat16", "int8_float16", "int8_bfloat16"):
+            raise ValueError(f"compute_type {self.compute_type} needs a GPU; on a CPU use int8 or float32")
+        return self
+
+
+class TranscriptionSettings(Section):
+    """How recordings are transcribed, unless an inbox says otherwise."""
+
+    language: Language = Field("auto", description='Spoken language ("en", "de", …); auto detects it for each recording.')
+    task: Literal["transcribe", "translate"] = Field("transcribe", description="translate writes English whatever is spoken.")
+    beam_size: int = Field(5, ge=1, le=20, description="Alternatives kept while decoding; 1 is fastest.")
+    temperatures: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), min_length=1, description="Tried in turn while a window's text looks wrong."
+    )
+    initial_prompt: str = Field("", max_length=2000, description="Text the model is told came before: names, spelling, style.")
+    hotwords: str = Field("", max_length=2000, description="Words to expect.")
+    word_timestamps: bool = Field(False, description="Time every word (slower); they appear in the JSON.")
+    window_s: float = Field(30.0, ge=5, le=30, description="Longest piece of audio given to the model at once.")
+    vad_threshold: float = Field(0.5, gt=0, lt=1, description="Probability from which sound counts as speech.")
+    vad_min_silence_s: float = Field(0.5, ge=0.1, le=10, description="A pause of this length ends a stretch of speech.")
+
+
+class WatcherSettings(Section):
+    """How inboxes are watched."""
+
+    quiet_s: float = Field(5.0, ge=0.1, le=86_400, description="A file is taken once it has not changed for this long.")
+    rescan_s: float = Field(300.0, ge=1, description="The whole inbox is listed at least this often, whatever events say.")
+    poll_s: float = Field(5.0, ge=0.5, description="How often an inbox without events (a network share) is listed.")
+    include: tuple[str, ...] = Field(RECORDINGS, min_length=1, description="Names that are recordings.")
+    ignore: tuple[str, ...] = Field((), description="Names to leave alone, beside the built-in list of temporary and NAS files.")
+
+
+class BackoffSettings(Section):
+    """When a file is tried again after a failure that may pass."""
+
+    law: Literal["fixed", "linear", "exponential", "fibonacci"] = Field("exponential", description="How the pause grows.")
+    base_s: float = Field(5.0, gt=0, description="The first pause.")
+    max_s: float = Field(600.0, gt=0, description="The longest pause.")
+    jitter: float = Field(0.2, ge=0, le=1, description="Random share by which each pause is shortened, so that retries spread.")
+
+
+class DispatcherSettings(Section):
+    """Worker processes and retries."""
+
+    workers: int = Field(1, ge=1, le=64, description="Engine processes. (The optimiser will choose this by itself.)")
+    attempts_max: int = Field(3, ge=1, le=20, description="Attempts before a file is set aside as failed.")
+    stall_s: float = Field(900.0, ge=5, description="An engine that makes no progress for this long is killed; the file is tried again.")
+    stop_grace_s: float = Field(8.0, ge=0, le=300, description="At a stop, engines have this long to reach the next boundary.")
+    backoff: BackoffSettings = Field(default_factory=BackoffSettings, description="Pauses after failures that may pass.")
+
+
+class OutboxSettings(Section):
+    """What is written, where, and as what."""
+
+    formats: tuple[Format, ...] = Field(("txt", "srt", "json"), min_length=1, description="Any of txt, srt, vtt, tsv, json.")
+    name: str = Field(
+        "{stem}",
+        min_length=1,
+        description="Name of a transcript without its extension: {stem} {name} {language} {model} {date} {duration}. Where two recordings "
+        "would share a name, the later one gets {name}.",
+    )
+    file_mode: str = Field("0664", pattern=r"^0?[0-7]{3}$", description="Mode of published files (octal).")
+    directory_mode: str = Field("0775", pattern=r"^[0-7]?[0-7]{3}$", description="Mode of directories made in the outbox (octal).")
+
+    @field_validator("formats")
+    @classmethod
+    def _each_once(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(formats)) != len(formats):
+            raise ValueError("a format is named twice")
+        return formats
+
+    @field_validator("name")
+    @classmethod
+    def _known_fields(cls, name: str) -> str:
+        try:
+            name.format(stem="s", name="n", language="l", model="m", date="d", duration="1")
+        except (KeyError, ValueError, IndexError) as error:
+            raise ValueError(f"unknown field {error}; allowed: {{stem}} {{name}} {{language}} {{model}} {{date}} {{duration}}") from error
+        if "/" in name or not ("{stem}" in name or "{name}" in name):
+            raise ValueError("must contain {stem} or {name}, and no /")
+        return name
+
+
+class HealthSettings(Section):
+    """Checks and upkeep."""
+
+    judge_s: float = Field(15.0, ge=1, description="How often the checks run.")
+    disk_free_min_mib: int = Field(512, ge=0, description="Less free space for the state directory raises an alert.")
+    memory_used_max_percent: float = Field(90.0, gt=0, le=100, description="More memory in use raises an alert.")
+    success_min_percent: float = Field(95.0, ge=0, le=100, description="A lower share of good files in the last hour raises an alert.")
+    queue_age_max_s: float = Field(3600.0, gt=0, description="A file waiting longer raises an alert.")
+    checkpoint_s: float = Field(60.0, ge=5, description="How often the ledger's write-ahead log is folded into its file.")
+    backup_s: float = Field(3600.0, ge=60, description="How often the ledger is copied to state_dir/backup.")
+    history_keep_days: float = Field(400.0, gt=0, description="Events of finished files are kept this long.")
+    readings_keep_days: float = Field(30.0, gt=0, description="GPU readings, plans and throughput samples are kept this long.")
+    transcripts_keep_days: float = Field(30.0, gt=0, description="Staged copies of published transcripts are kept this long.")
+
+
+class LogSettings(Section):
+    """What is written to the journal."""
+
+    level: Literal["TRACE", "DEBUG", "INFO", "SUCCESS", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
+
+
+class InboxSettings(Section):
+    """One directory to watch. Repeat the table for more."""
+
+    path: str = Field(..., description="The directory recordings are dropped into (absolute). It must exist; it is never written to.")
+    outbox: str = Field("", description='Where its transcripts go; empty means a directory "outbox" beside the inbox.')
+    recursive: bool = Field(True, description="Also watch sub-directories; the outbox mirrors them.")
+    events: Literal["auto", "native", "polling"] = Field("auto", description="auto: inotify on local disks, polling on network shares.")
+    priority: Literal["urgent", "normal", "low"] = Field("normal", description="Class of everything dropped here.")
+    language: Language | None = Field(None, description="Overrides transcription.language.")
+    task: Literal["transcribe", "translate"] | None = Field(None, description="Overrides transcription.task.")
+    formats: tuple[Format, ...] | None = Field(None, min_length=1, description="Overrides outbox.formats.")
+    initial_prompt: str | None = Field(None, max_length=2000, description="Overrides transcription.initial_prompt.")
+
+    @field_validator("path", "outbox")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        if path and not os.path.isabs(path):
+            raise ValueError("must be an absolute path")
+        return os.path.normpath(path) if path else path
+
+    @property
+    def outbox_path(self) -> str:
+        return self.outbox or os.path.join(os.path.dirname(self.path), "outbox")
+
+
+class Settings(BaseSettings):
+    """All settings of one daemon."""
+
+    model_config = SettingsConfigDict(env_prefix="WHISPERD_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    state_dir: str = Field("/var/lib/whisperd", description="Ledger, staged transcripts, backups. On a local disk.")
+    cache_dir: str = Field("/var/cache/whisperd", description="Models that were fetched.")
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    transcription: TranscriptionSettings = Field(default_factory=TranscriptionSettings)
+    watcher: WatcherSettings = Field(default_factory=WatcherSettings)
+    dispatcher: DispatcherSettings = Field(default_factory=DispatcherSettings)
+    outbox: OutboxSettings = Field(default_factory=OutboxSettings)
+    health: HealthSettings = Field(default_factory=HealthSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+    inbox: tuple[InboxSettings, ...] = Field((), description="The directories to watch.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    @field_validator("state_dir", "cache_dir")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        if not os.path.isabs(path):
+            raise ValueError("must be an absolute path")
+        return os.path.normpath(path)
+
+    @model_validator(mode="after")
+    def _rooms_do_not_overlap(self) -> Settings:
+        if not self.inbox:
+            raise ValueError("no [[inbox]] is configured: name at least one directory to watch")
+        paths = [inbox.path for inbox in self.inbox]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ValueError(f"inbox {path} is configured twice")
+            if any(other != path and path.startswith(other.rstrip("/") + "/") for other in paths):
+                raise ValueError(f"inbox {path} lies inside another inbox")
+        for inbox in self.inbox:
+            if inbox.outbox_path == inbox.path:
+                raise ValueError(f"inbox {inbox.path} is its own outbox")
+            if any(inbox.path.startswith(other.outbox_path.rstrip("/") + "/") for other in self.inbox):
+                raise ValueError(f"inbox {inbox.path} lies inside an outbox: transcripts would be dropped into it")
+        return self
+
+    def options(self, inbox: InboxSettings) -> JobOptions:
+        """What a file of this inbox asks for; frozen into its job when it settles."""
+        common = self.transcription
+        return JobOptions(
+            model=self.engine.model,
+            language=inbox.language or common.language,
+            task=inbox.task or common.task,
+            beam_size=common.beam_size,
+            temperatures=common.temperatures,
+            initial_prompt=common.initial_prompt if inbox.initial_prompt is None else inbox.initial_prompt,
+            hotwords=common.hotwords,
+            word_timestamps=common.word_timestamps,
+            window_s=common.window_s,
+            vad_threshold=common.vad_threshold,
+            vad_min_silence_s=common.vad_min_silence_s,
+            formats=inbox.formats or self.outbox.formats,
+        )
+
+
+def load(path: str) -> Settings:
+    """Read and validate. Raises ConfigError."""
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    if not os.path.isfile(path):
+        raise ConfigError(f"cannot read the configuration {path}: there is no such file", hint="`whisperd config example` prints one")
+    try:
+        return FromFile()
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"cannot use the configuration {path}:", *_complaints(error)])) from error
+    except (OSError, ValueError) as error:  # not readable; not TOML
+        raise ConfigError(f"cannot read the configuration {path}: {error}", hint="it must be valid TOML (https://toml.io)") from error
+
+
+def _complaints(error: ValidationError) -> Iterator[str]:
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or "configuration"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "there is no such setting"
+        shown = "" if item["type"] in ("missing", "value_error") else f" (found {str(item['input'])[:80]!r})"
+        yield f"  {where}: {message}{shown}"
+
+
+def origin_of(settings: Settings, path: str) -> dict[str, tuple[Any, str]]:
+    """Every setting with its value and where it comes from: default, file or environment."""
+    import tomllib
+
+    with open(path, "rb") as file:
+        document = tomllib.load(file)
+    found: dict[str, tuple[Any, str]] = {}
+    for key, value in flat(settings.model_dump(mode="json")):
+        variable = "WHISPERD_" + key.upper().replace(".", "__")
+        if variable in os.environ:
+            found[key] = value, variable
+        else:
+            found[key] = value, "file" if _has(document, key) else "default"
+    return found
+
+
+def flat(tree: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"engine": {"model": …}}` as `("engine.model", …)`; tables in lists get their number."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{before}{key}.")
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+            for number, item in enumerate(value):
+                yield from flat(item, f"{before}{key}.{number}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def _has(document: Any, key: str) -> bool:
+    for part in key.split("."):
+        if isinstance(document, list) and part.isdigit() and int(part) < len(document):
+            document = document[int(part)]
+        elif isinstance(document, dict) and part in document:
+            document = document[part]
+        else:
+            return False
+    return True
+
+
+# --- documents made of the descriptions ------------------------------------------------------------------------------------------
+
+
+def sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    """("", Settings), ("engine", EngineSettings), … in order; [[inbox]] last."""
+    yield "", Settings
+    yield from _sections_of(Settings, "")
+    yield "[inbox]", InboxSettings
+
+
+def _sections_of(model: type[BaseModel], before: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield before + name, kind
+            yield from _sections_of(kind, f"{before}{name}.")
+
+
+def leaves(model: type[BaseModel]) -> Iterator[tuple[str, Any]]:
+    """The settings of one section that are not sections themselves."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)) and not (model is Settings and name == "inbox"):
+            yield name, field
+
+
+def toml_value(value: Any) -> str:
+    """A default as TOML."""
+    import json
+
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def default_of(field: Any) -> Any:
+    """The default, or None where there is none."""
+    return None if field.default is PydanticUndefined else field.default

@@ -1,0 +1,240 @@
+"""delivery: staged transcripts and failures → outbox writers. One writer process for each outbox; a share that hangs stops only its own.
+
+Owns: which names are offered, when a refused publication is tried again, and the words of an error file.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loguru import logger
+
+from whisperd.child import Child
+from whisperd.config import Settings
+from whisperd.dispatcher.nursery import Keeper, Nursery
+from whisperd.dispatcher.staging import open_staged
+from whisperd.errors import printable
+from whisperd.ledger.ledger import IllegalMove, Ledger, NoSuchJob
+from whisperd.vocabulary import Failure
+from whisperd.wire import (
+    Frame,
+    OutboxOut,
+    OutboxReady,
+    OwnFile,
+    Publish,
+    Published,
+    PublishedFile,
+    PublishError,
+    PublishFailed,
+    ServeOutbox,
+)
+
+IN_FLIGHT_MAX = 4
+ANSWER_S = 120.0
+PAUSE_FIRST_S = 1.0
+PAUSE_MAX_S = 30.0
+ERROR_SUFFIX = b".error.txt"
+NAMES_TRIED = 100
+
+
+@dataclass
+class Writer:
+    """One outbox and its writer process."""
+
+    path: bytes
+    keeper: Keeper
+    in_flight: dict[int, float] = field(default_factory=dict)  # job → sent at (monotonic)
+    resume_at: float = 0.0  # monotonic: after a failure that is waited for
+    failures: int = 0
+    down: str = ""
+
+
+class Delivery:
+    """All outboxes."""
+
+    def __init__(self, nursery: Nursery, ledger: Ledger, *, on_news: Callable[[], None]) -> None:
+        self._nursery = nursery
+        self._ledger = ledger
+        self._on_news = on_news
+        self._name_template = "{stem}"
+        self.writers: dict[bytes, Writer] = {}
+
+    def apply(self, settings: Settings) -> None:
+        """Serve exactly the configured outboxes."""
+        self._name_template = settings.outbox.name
+        wanted = {os.fsencode(inbox.outbox_path): os.fsencode(inbox.path) for inbox in settings.inbox}
+        for path in list(self.writers):
+            if path not in wanted:
+                self.writers.pop(path).keeper.stop()
+        for number, (path, inbox) in enumerate(wanted.items(), start=1):
+            if path not in self.writers:
+                self.writers[path] = self._begin(number, path, inbox, settings)
+
+    def _begin(self, number: int, path: bytes, inbox: bytes, settings: Settings) -> Writer:
+        hello = ServeOutbox(
+            path=path,
+            file_mode=int(settings.outbox.file_mode, 8),
+            directory_mode=int(settings.outbox.directory_mode, 8),
+            like=inbox,
+        )
+        keeper = Keeper(
+            self._nursery,
+            name=f"outbox-{number}",
+            module="whisperd.outbox",
+            receives=OutboxOut,
+            hello=hello,
+            on_frame=lambda child, frame: self._frame(path, child, frame),
+        )
+        return Writer(path=path, keeper=keeper)
+
+    def tick(self, now: float) -> None:
+        for writer in self.writers.values():
+            writer.keeper.tick(now)
+            if writer.keeper.child is None:
+                writer.in_flight.clear()
+            elif writer.in_flight and now - min(writer.in_flight.values()) > ANSWER_S:
+                writer.keeper.kill(f"the share of {printable(writer.path)} does not answer")
+                writer.down = writer.keeper.down
+                writer.in_flight.clear()
+        self._send_out(now)
+
+    def idle(self) -> bool:
+        """Whether nothing is on its way to an outbox."""
+        return not any(writer.in_flight for writer in self.writers.values())
+
+    def stuck(self, failures: int) -> list[str]:
+        """Outboxes that refused so many times in a row, with the reason."""
+        return [writer.down for writer in self.writers.values() if writer.failures >= failures and writer.down]
+
+    def stop(self) -> None:
+        for writer in self.writers.values():
+            writer.keeper.stop()
+
+    # --- sending ---
+
+    def _send_out(self, now: float) -> None:
+        open_writers = [w for w in self.writers.values() if w.keeper.usable and now >= w.resume_at and len(w.in_flight) < IN_FLIGHT_MAX]
+        if not open_writers:
+            return
+        for row in self._ledger.unpublished():
+            writer = self.writers.get(row["outbox"])
+            if writer is None or writer not in open_writers or row["id"] in writer.in_flight:
+                continue
+            if len(writer.in_flight) < IN_FLIGHT_MAX:
+                self._send(writer, row, now)
+
+    def _send(self, writer: Writer, row: dict[str, Any], now: float) -> None:
+        own = [
+            OwnFile(path=item["path"], sha256=item["sha256"]) for item in self._ledger.publications_of_source(row["inbox_id"], row["path"])
+        ]
+        if row["state"] == "failed":
+            candidates = [name + ERROR_SUFFIX for name in _numbered(row["path"])]
+            base = self._ledger.reserve_name(row["id"], writer.path, candidates, "error")
+            writer.keeper.send(PublishError(job=row["id"], base=base.removesuffix(ERROR_SUFFIX), text=error_text(row), own=tuple(own)))
+        else:
+            base = self._ledger.reserve_name(row["id"], writer.path, list(names(row, self._name_template)), "transcript")
+            errors = tuple(item for item in own if item.path.endswith(ERROR_SUFFIX))
+            staged = open_staged(self._ledger.state_dir, row["transcript"])
+            formats = self._ledger.options(row).formats
+            writer.keeper.send(Publish(job=row["id"], base=base, formats=formats, own=tuple(own), stale=errors), (staged,))
+        writer.in_flight[row["id"]] = now
+
+    # --- what writers say ---
+
+    def _frame(self, path: bytes, child: Child[Any], frame: Frame[Any]) -> None:
+        writer = self.writers.get(path)
+        if writer is None or writer.keeper.child is not child:
+            return
+        match frame.message:
+            case OutboxReady():
+                child.ready(time.monotonic())
+            case Published(job=job, files=files):
+                self._published(writer, job, files)
+            case PublishFailed(job=job, failure=failure):
+                self._refused(writer, job, failure)
+        self._on_news()
+
+    def _published(self, writer: Writer, job: int, files: Sequence[PublishedFile]) -> None:
+        writer.in_flight.pop(job, None)
+        writer.failures, writer.down = 0, ""
+        now = time.time()
+        row = self._ledger.job(job)
+        stored = [(file.path, file.format, file.sha256) for file in files]
+        try:
+            if row["state"] == "failed":
+                self._ledger.report(job, writer.path, stored, now)
+            else:
+                self._ledger.publish(job, writer.path, stored, now)
+        except (IllegalMove, NoSuchJob) as error:  # the operator moved the job meanwhile; what stands in the outbox is whole all the same
+            logger.bind(job=job).warning(f"job {job} was published, but {error}")
+            return
+        log = logger.bind(job=job, inbox=os.fsdecode(row["inbox_path"]))
+        shown = ", ".join(printable(file.path) for file in files)
+        if row["state"] == "failed":
+            log.bind(event="reported").info(f"job {job} error file written: {shown}")
+        else:
+            log.bind(event="done").success(f"job {job} done: {printable(row['path'])} → {shown}")
+
+    def _refused(self, writer: Writer, job: int, failure: Failure) -> None:
+        writer.in_flight.pop(job, None)
+        if failure.code == "name_taken":
+            self._avoid(writer, job, failure)
+            return
+        writer.failures += 1
+        writer.down = f"{failure.what} ({failure.hint})"
+        writer.resume_at = time.monotonic() + min(PAUSE_FIRST_S * 2.0 ** (writer.failures - 1), PAUSE_MAX_S)
+        logger.bind(job=job, event="outbox_waits").warning(f"job {job} cannot be published yet: {failure.what}; {failure.hint}")
+
+    def _avoid(self, writer: Writer, job: int, failure: Failure) -> None:
+        row = self._ledger.job(job)
+        kind = "error" if row["state"] == "failed" else "transcript"
+        base = self._ledger.reserve_name(job, writer.path, [], kind)
+        self._ledger.avoid_name(job, writer.path, base)
+        logger.bind(job=job).info(f"job {job}: {failure.what}; taking another name")
+
+
+def names(row: dict[str, Any], template: str) -> Iterator[bytes]:
+    """Names of a transcript without extension, best first: the template, the whole file name, the whole file name with a number."""
+    directory, _, name = row["path"].rpartition(b"/")
+    stem = name.rpartition(b".")[0] or name
+    shown = template.format(
+        stem=os.fsdecode(stem),
+        name=os.fsdecode(name),
+        language=row["language"] or "und",
+        model=os.path.basename(row.get("model") or ""),
+        date=time.strftime("%Y-%m-%d", time.gmtime(row["mtime_ns"] / 1e9)),
+        duration=f"{row['duration_s'] or 0:.0f}",
+    )
+    before = directory + b"/" if directory else b""
+    yield before + os.fsencode(shown)
+    yield from _numbered(row["path"])
+
+
+def _numbered(path: bytes) -> Iterator[bytes]:
+    yield path
+    for number in range(2, NAMES_TRIED):
+        yield path + b".%d" % number
+
+
+def error_text(row: dict[str, Any]) -> str:
+    """The error file: what happened, what to do, whether it will be tried again. For people who only see the share."""
+    lines = [
+        f"{printable(os.path.basename(row['path']))} could not be transcribed.",
+        "",
+        f"What happened: {row['failure_what']}",
+    ]
+    if row["failure_hint"]:
+        lines.append(f"What to do:    {row['failure_hint']}")
+    if row["failure_kind"] == "permanent":
+        lines.append("It will not be tried again unless the file changes.")
+    else:
+        attempts = f"{row['attempts']} attempts were" if row["attempts"] != 1 else "1 attempt was"
+        lines.append(f"{attempts} made. It will be tried again when the file changes or an operator asks for it.")
+    lines += ["", f"Job {row['id']}, reason code {row['failure_code']}, {row['size']} bytes."]
+    if row["failure_tail"]:
+        lines += ["", "Last lines of the worker:", *("  " + line for line in row["failure_tail"].splitlines())]
+    return "\n".join(lines) + "\n"

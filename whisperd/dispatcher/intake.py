@@ -1,0 +1,222 @@
+"""intake: watcher children → ledger rows. One watcher process for each inbox; a share that hangs stops only its own.
+
+Owns: which inboxes are watched, what their watchers report, and the requests to open a source.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from loguru import logger
+
+from whisperd.child import Child
+from whisperd.config import InboxSettings, Settings
+from whisperd.dispatcher.nursery import Keeper, Nursery
+from whisperd.errors import printable
+from whisperd.ledger.ledger import Ledger
+from whisperd.vocabulary import Sighting
+from whisperd.wire import (
+    Frame,
+    InboxDown,
+    OpenSource,
+    Scanned,
+    ScanNow,
+    Sightings,
+    SourceLost,
+    SourceOpened,
+    WatcherOut,
+    WatcherReady,
+    WatchInbox,
+)
+
+PRIORITY = {"urgent": 0, "normal": 1, "low": 2}
+ANSWER_S = 60.0
+"""A watcher that does not open a file within this time hangs on its share."""
+
+Opened = Callable[[int, int], None]  # job, descriptor
+Lost = Callable[[int, str, str], None]  # job, reason, what
+
+
+@dataclass
+class Inbox:
+    """One inbox and its watcher."""
+
+    number: int
+    settings: InboxSettings
+    keeper: Keeper
+    scanned: bool = False
+    unsettled: int = 0
+    files: int = 0
+    left_out: int = 0
+    down: str = ""
+    opening: dict[int, float] = field(default_factory=dict)  # job → asked at (monotonic)
+
+
+class Intake:
+    """All inboxes."""
+
+    def __init__(self, nursery: Nursery, ledger: Ledger, *, on_opened: Opened, on_lost: Lost, on_news: Callable[[], None]) -> None:
+        self._nursery = nursery
+        self._ledger = ledger
+        self._on_opened = on_opened
+        self._on_lost = on_lost
+        self._on_news = on_news
+        self._settings: Settings | None = None
+        self.inboxes: dict[int, Inbox] = {}
+
+    def apply(self, settings: Settings) -> None:
+        """Watch exactly the configured inboxes; watchers whose settings did not change go on undisturbed."""
+        now = time.time()
+        wanted: dict[int, InboxSettings] = {}
+        for inbox in settings.inbox:
+            number = self._ledger.register_inbox(os.fsencode(inbox.path), os.fsencode(inbox.outbox_path), now)
+            wanted[number] = inbox
+        self._ledger.retire_inboxes(list(wanted))
+        same_watcher = self._settings is not None and self._settings.watcher == settings.watcher
+        for number in list(self.inboxes):
+            if not same_watcher or wanted.get(number) != self.inboxes[number].settings:
+                self.inboxes.pop(number).keeper.stop()
+        self._settings = settings
+        for number, inbox in wanted.items():
+            if number not in self.inboxes:
+                self.inboxes[number] = self._begin(number, inbox, settings)
+
+    def _begin(self, number: int, inbox: InboxSettings, settings: Settings) -> Inbox:
+        hello = WatchInbox(
+            inbox=number,
+            path=os.fsencode(inbox.path),
+            ledger=settings.state_dir,
+            exclude=tuple(os.fsencode(other.outbox_path) for other in settings.inbox),
+            include=settings.watcher.include,
+            ignore=settings.watcher.ignore,
+            recursive=inbox.recursive,
+            events=inbox.events,
+            quiet_s=settings.watcher.quiet_s,
+            rescan_s=settings.watcher.rescan_s,
+            poll_s=settings.watcher.poll_s,
+        )
+        keeper = Keeper(
+            self._nursery,
+            name=f"watcher-{number}",
+            module="whisperd.watcher",
+            receives=WatcherOut,
+            hello=hello,
+            on_frame=lambda child, frame: self._frame(number, child, frame),
+        )
+        return Inbox(number=number, settings=inbox, keeper=keeper)
+
+    def tick(self, now: float) -> None:
+        for inbox in self.inboxes.values():
+            inbox.keeper.tick(now)
+            self._judge_silence(inbox, now)
+
+    def _judge_silence(self, inbox: Inbox, now: float) -> None:
+        """Opening a file takes no time; a watcher that cannot is stuck on its share."""
+        if inbox.keeper.child is None:
+            for job in list(inbox.opening):
+                self._lost(inbox, job, "down", f"the watcher of {inbox.settings.path} ended")
+        elif inbox.opening and now - min(inbox.opening.values()) > ANSWER_S:
+            inbox.keeper.kill(f"the share of {inbox.settings.path} does not answer")
+            for job in list(inbox.opening):
+                self._lost(inbox, job, "down", f"the share of {inbox.settings.path} does not answer")
+
+    def usable(self) -> set[int]:
+        """Inboxes whose watchers can open files."""
+        return {number for number, inbox in self.inboxes.items() if inbox.keeper.usable and not inbox.down}
+
+    def open(self, inbox: int, job: int, sighting: Sighting) -> None:
+        """Ask for a source's descriptor; `on_opened` or `on_lost` answers."""
+        self.inboxes[inbox].opening[job] = time.monotonic()
+        self.inboxes[inbox].keeper.send(OpenSource(job=job, sighting=sighting))
+
+    def scan_now(self, inbox: int) -> None:
+        if inbox in self.inboxes:
+            self.inboxes[inbox].keeper.send(ScanNow())
+
+    def scan_all(self) -> None:
+        for number in self.inboxes:
+            self.scan_now(number)
+
+    def settled(self) -> bool:
+        """Whether every inbox was listed since the start and nothing in it is waited for."""
+        return all(inbox.scanned and inbox.unsettled == 0 for inbox in self.inboxes.values())
+
+    def stop(self) -> None:
+        for inbox in self.inboxes.values():
+            inbox.keeper.stop()
+
+    # --- what watchers say ---
+
+    def _frame(self, number: int, child: Child[Any], frame: Frame[Any]) -> None:
+        inbox = self.inboxes.get(number)
+        if inbox is None or inbox.keeper.child is not child:
+            for descriptor in frame.descriptors:
+                os.close(descriptor)
+            return
+        match frame.message:
+            case WatcherReady(events=events):
+                child.ready(time.monotonic())
+                logger.bind(inbox=inbox.settings.path).info(f"watching {printable(inbox.settings.path)} ({events} events)")
+            case Sightings() as report:
+                self._store(inbox, report)
+            case Scanned() as scan:
+                self._scanned(inbox, scan)
+            case InboxDown(what=what, hint=hint):
+                self._down(inbox, what, hint)
+            case SourceOpened(job=job) if frame.descriptors:
+                inbox.opening.pop(job, None)
+                self._on_opened(job, frame.descriptors[0])
+            case SourceLost(job=job, reason=reason, what=what):
+                self._lost(inbox, job, reason, what)
+        self._on_news()
+
+    def _lost(self, inbox: Inbox, job: int, reason: str, what: str) -> None:
+        inbox.opening.pop(job, None)
+        self._on_lost(job, reason, what)
+
+    def _store(self, inbox: Inbox, report: Sightings) -> None:
+        if self._settings is None:
+            return
+        now = time.time()
+        options = self._settings.options(inbox.settings)
+        priority = PRIORITY[inbox.settings.priority]
+        settled: list[tuple[int, Sighting]] = []
+        gone: list[tuple[int, bytes]] = []
+        with self._ledger.transaction():
+            for sighting in report.seen:
+                self._ledger.see(inbox.number, sighting, now)
+            for sighting in report.settled:
+                job = self._ledger.see(inbox.number, sighting, now)
+                if self._ledger.job(job)["state"] == "seen":
+                    self._ledger.settle(job, sighting, options, now, priority=priority)
+                    settled.append((job, sighting))
+            for path in report.vanished:
+                live = self._ledger.live_job(inbox.number, path)
+                if live is not None and live["state"] in ("seen", "ready"):
+                    self._ledger.vanish(live["id"], now)
+                    gone.append((live["id"], path))
+        self._tell(inbox, settled, gone)
+
+    def _tell(self, inbox: Inbox, settled: list[tuple[int, Sighting]], gone: list[tuple[int, bytes]]) -> None:
+        log = logger.bind(inbox=inbox.settings.path)
+        for job, sighting in settled:
+            log.bind(job=job, event="settled").info(f"job {job} settled: {printable(sighting.path)} ({sighting.size} bytes)")
+        for job, path in gone:
+            log.bind(job=job, event="gone").info(f"job {job} gone: {printable(path)} is not in the inbox any more")
+
+    def _scanned(self, inbox: Inbox, scan: Scanned) -> None:
+        if inbox.down or not inbox.scanned:
+            self._ledger.inbox_up(inbox.number, time.time())
+            if inbox.down:
+                logger.bind(inbox=inbox.settings.path).info(f"inbox {inbox.settings.path} is back")
+        inbox.scanned, inbox.down = True, ""
+        inbox.unsettled, inbox.files, inbox.left_out = scan.unsettled, scan.files, scan.left_out
+
+    def _down(self, inbox: Inbox, what: str, hint: str) -> None:
+        inbox.down = what
+        self._ledger.inbox_down(inbox.number, what, time.time())
+        logger.bind(inbox=inbox.settings.path, event="inbox_down").warning(f"inbox is down: {what}; {hint}")

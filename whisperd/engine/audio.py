@@ -1,0 +1,239 @@
+"""audio: a recording as a stream of 16 kHz mono blocks, from an open descriptor.
+
+Owns: what media may be: which containers are read at all, how long, how many channels. Memory does not grow with the length.
+Fails with `MediaRefused` (caps, no audio, not media) and `MediaDamaged` (truncated, corrupt): both are the file's own fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import av
+import numpy as np
+from av.audio.resampler import AudioResampler
+from av.error import FFmpegError
+
+from whisperd.errors import WhisperdError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+RATE_HZ = 16_000
+BLOCK_SAMPLES = RATE_HZ * 2
+LOSS_MAX_S = 1.0
+LOSS_MAX_SHARE = 0.03
+BAD_PACKETS_MAX_SHARE = 0.05
+
+DEMUXERS = (
+    "wav,w64,aiff,caf,au,voc,mp3,aac,flac,ogg,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,asf,avi,flv,mpeg,mpegts,amr,amrnb,amrwb,"
+    "ac3,eac3,ape,wv,tta,mpc,mpc8,gsm,dsf,nistsphere"
+)
+"""Containers that hold recordings. Playlists, network and scripting demuxers (hls, concat, sdp, image2 …) are not among them."""
+
+
+class MediaRefused(WhisperdError):
+    """The file is whole, but there is nothing to transcribe in it, or more than we allow."""
+
+    code = "media_refused"
+
+
+class MediaDamaged(WhisperdError):
+    """Part of the recording is missing or unreadable: a short transcript of it must not be called good."""
+
+    code = "media_damaged"
+
+
+class Caps(NamedTuple):
+    """What a recording may ask of us."""
+
+    duration_max_s: float
+    channels_max: int
+    rate_max_hz: int
+
+
+class Recording:
+    """One open recording. `blocks()` streams it once; afterwards `duration_s` is the decoded length."""
+
+    def __init__(self, descriptor: int, caps: Caps) -> None:
+        if os.fstat(descriptor).st_size == 0:
+            raise MediaRefused("the file is empty (0 bytes)", hint="copy the recording again")
+        self._caps = caps
+        self._file = open(descriptor, "rb", buffering=0, closefd=False)  # noqa: SIM115 - lives as long as the recording, see close()
+        self._file.seek(0)
+        check_riff_size(descriptor)
+        self._container = self._open()
+        self._stream = self._choose_stream()
+        self.container_name = str(self._container.format.name)
+        self.codec_name = str(self._stream.codec_context.name)
+        self.declared_s = self._declared_s()
+        self.decoded_samples = 0
+        self._demuxed_end_s = 0.0
+        self._packets = 0
+        self._bad_packets = 0
+        self._check_caps()
+
+    @property
+    def duration_s(self) -> float:
+        return self.decoded_samples / RATE_HZ
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Blocks of float32 samples in -1..1, 16 kHz, mono, about 2 s each. Raises MediaDamaged, MediaRefused."""
+        resampler = AudioResampler(format="s16", layout="mono", rate=RATE_HZ)
+        pending: list[NDArray[np.int16]] = []
+        held = 0
+        for frame in self._frames():
+            for piece in resampler.resample(frame):
+                samples = piece.to_ndarray()[0]
+                pending.append(samples)
+                held += len(samples)
+            if held >= BLOCK_SAMPLES:
+                yield self._block(pending)
+                pending, held = [], 0
+        if self._packets > self._bad_packets:
+            pending += [piece.to_ndarray()[0] for piece in resampler.resample(None)]
+        if pending:
+            yield self._block(pending)
+        self._check_whole()
+
+    def close(self) -> None:
+        with contextlib.suppress(FFmpegError):
+            self._container.close()
+        self._file.close()
+
+    # --- opening ---
+
+    def _open(self) -> Any:
+        try:
+            return av.open(
+                self._file,
+                mode="r",
+                metadata_errors="ignore",
+                options={"format_whitelist": DEMUXERS, "protocol_whitelist": "none"},
+            )
+        except (FFmpegError, ValueError) as error:
+            raise MediaRefused(
+                f"the file is not audio or video that can be read ({_reason(error)})",
+                hint="open it in a media player; if it plays there, convert it to WAV, FLAC or MP3 and drop it again",
+            ) from error
+
+    def _choose_stream(self) -> Any:
+        streams = [stream for stream in self._container.streams.audio if stream.codec_context is not None]
+        if not streams:
+            kinds = sorted({stream.type for stream in self._container.streams}) or ["nothing"]
+            raise MediaRefused(
+                f"there is no sound in the file (it holds {', '.join(kinds)})", hint="check that the recording has an audio track"
+            )
+        return streams[0]
+
+    def _declared_s(self) -> float | None:
+        """The length the container itself promises, over all its streams."""
+        if self._container.duration:
+            return float(self._container.duration) / 1_000_000
+        if self._stream.duration and self._stream.time_base:
+            return float(self._stream.duration * self._stream.time_base)
+        return None
+
+    def _check_caps(self) -> None:
+        context = self._stream.codec_context
+        if self.declared_s is not None and self.declared_s > self._caps.duration_max_s:
+            self._refuse_length(self.declared_s)
+        if context.channels > self._caps.channels_max:
+            raise MediaRefused(f"the recording has {context.channels} channels, more than the {self._caps.channels_max} allowed")
+        if context.sample_rate > self._caps.rate_max_hz:
+            raise MediaRefused(f"the recording has {context.sample_rate} samples a second, more than the {self._caps.rate_max_hz} allowed")
+
+    def _refuse_length(self, length_s: float) -> None:
+        raise MediaRefused(
+            f"the recording is longer ({length_s:.0f} s) than the {self._caps.duration_max_s:.0f} s allowed",
+            hint="raise engine.duration_max_s or split the recording",
+        )
+
+    # --- streaming ---
+
+    def _frames(self) -> Iterator[Any]:
+        """Decoded frames of the chosen stream. All streams are demuxed, to know where the container really ends."""
+        try:
+            for packet in self._container.demux():
+                self._note_end(packet)
+                if packet.stream_index == self._stream.index:
+                    yield from self._decode(packet)
+        except FFmpegError as error:
+            raise MediaDamaged(
+                f"the recording cannot be read past {self.duration_s:.1f} s ({_reason(error)})", hint="copy the recording again"
+            ) from error
+
+    def _decode(self, packet: Any) -> Iterator[Any]:
+        if packet.size:
+            self._packets += 1
+        try:
+            yield from packet.decode()
+        except FFmpegError:  # one bad packet is a click in the sound, not the end of it; too many are judged in _check_whole
+            self._bad_packets += 1
+
+    def _note_end(self, packet: Any) -> None:
+        if packet.pts is None or packet.time_base is None:
+            return
+        end_s = float((packet.pts + (packet.duration or 0)) * Fraction(packet.time_base))
+        self._demuxed_end_s = max(self._demuxed_end_s, end_s)
+
+    def _block(self, pieces: list[NDArray[np.int16]]) -> NDArray[np.float32]:
+        samples = np.concatenate(pieces).astype(np.float32) / 32768.0
+        self.decoded_samples += len(samples)
+        if self.duration_s > self._caps.duration_max_s:
+            self._refuse_length(self.duration_s)
+        return samples
+
+    def _check_whole(self) -> None:
+        """Silent loss is damage: a container that promises more than it holds, a codec that could not read its own packets."""
+        if self._packets and self._bad_packets > max(1, self._packets * BAD_PACKETS_MAX_SHARE):
+            raise MediaDamaged(
+                f"{self._bad_packets} of {self._packets} packets of sound cannot be decoded", hint="copy the recording again"
+            )
+        if self.decoded_samples == 0:
+            raise MediaRefused("the file has an audio track, but no sound in it (0.0 s)", hint="check the recording")
+        reached_s = max(self.duration_s, self._demuxed_end_s)
+        if self.declared_s is not None and self.declared_s - reached_s > max(LOSS_MAX_S, LOSS_MAX_SHARE * self.declared_s):
+            raise MediaDamaged(
+                f"the recording is cut off: {reached_s:.1f} s of the {self.declared_s:.1f} s it promises are there",
+                hint="the copy was probably interrupted; copy the recording again",
+            )
+
+
+def check_riff_size(descriptor: int) -> None:
+    """A WAV says in its first bytes how long it is; FFmpeg believes the file's size instead. Raises MediaDamaged when cut off.
+
+    0 and 0xFFFFFFFF mean "written as a stream, length unknown" and say nothing.
+    """
+    head = os.pread(descriptor, 12, 0)
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return
+    promised = int.from_bytes(head[4:8], "little") + 8
+    there = os.fstat(descriptor).st_size
+    if 8 < promised < 0xFFFFFFFF and promised - there > max(4096, LOSS_MAX_SHARE * promised):
+        raise MediaDamaged(
+            f"the recording is cut off: {there} of the {promised} bytes it promises are there",
+            hint="the copy was probably interrupted; copy the recording again",
+        )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FFmpegError) and error.errno == errno.EINVAL:  # FFmpeg's EINVAL: the demuxer is not in our list
+        return "a kind of file that holds no recording"
+    text = error.strerror if isinstance(error, FFmpegError) else str(error)
+    return (text or type(error).__name__).lower()
+
+
+def sha256_of(descriptor: int) -> str:
+    """SHA-256 of the whole file, read by position so that nobody's offset moves."""
+    digest = hashlib.sha256()
+    offset = 0
+    while chunk := os.pread(descriptor, 1 << 20, offset):
+        digest.update(chunk)
+        offset += len(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,292 @@
+"""place: the outbox as directories, held open.
+
+Owns: making the outbox and its sub-tree, owner and mode of everything made there, and the few effects on one open directory.
+Nothing is reached by a path that somebody could bend: each step is a descriptor, and below the outbox no symbolic link is followed.
+Fails with the errors of `failures`; above all, an outbox whose share went away is absent, and is not made anew below the mount point.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from whisperd.errors import printable
+from whisperd.outbox.failures import FolderGone, OutboxAbsent, OutboxBlocked, attempting
+from whisperd.wire import ServeOutbox
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_FRESH = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ_BYTES = 1 << 20
+
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+CANNOT_LINK = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+CANNOT_OWN = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+UNREADABLE = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
+
+FOREIGN = "foreign"
+"""What `Folder.observe` says of something that cannot be a file of ours."""
+
+
+class Owner(NamedTuple):
+    """To whom new things are given; -1 leaves it as it is."""
+
+    uid: int = -1
+    gid: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """One open directory of the outbox. `path` is only for sentences."""
+
+    descriptor: int
+    path: bytes
+    owner: Owner
+    file_mode: int
+
+    def full(self, name: bytes) -> bytes:
+        return self.path + b"/" + name
+
+    def observe(self, name: bytes, *, size: int | None) -> str | None:
+        """The sha256 of what stands at a name, None when nothing does, FOREIGN when it cannot be ours.
+
+        With `size`, a file of another size is not read.
+        """
+        with attempting("look at", self.full(name)):
+            try:
+                descriptor = os.open(name, _LOOK, dir_fd=self.descriptor)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno not in UNREADABLE:
+                    raise
+                os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)  # a folder we may not enter is another matter
+                return FOREIGN
+            with _closing(descriptor):
+                return _digest(descriptor, size)
+
+    def write(self, temporary: bytes, content: bytes, *, meant_for: bytes) -> None:
+        """A new file, whole and durable, that will be `meant_for`. What an earlier run left at the temporary name is never
+        written to: it may be a second name of a published file."""
+        with attempting("write", self.full(meant_for)), _closing(self._create(temporary)) as descriptor:
+            _give(descriptor, self.owner, self.file_mode, inherits=_hands_down_group(self.descriptor))
+            _write_all(descriptor, content)
+            _sync(descriptor)
+
+    def _create(self, name: bytes) -> int:
+        try:
+            return os.open(name, _FRESH, 0o600, dir_fd=self.descriptor)
+        except FileExistsError:
+            self.discard(name)
+            return os.open(name, _FRESH, 0o600, dir_fd=self.descriptor)
+
+    def settle_at(self, temporary: bytes, name: bytes) -> bool:
+        """Give a finished file its name, and say False rather than take the place of something that appeared there."""
+        with attempting("publish", self.full(name)):
+            try:
+                os.link(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor, follow_symlinks=False)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in CANNOT_LINK:
+                    raise
+                return self._rename_where_nothing_is(temporary, name)
+            self.discard(temporary)
+            return True
+
+    def _rename_where_nothing_is(self, temporary: bytes, name: bytes) -> bool:
+        """The second best, for filesystems without hard links (vfat, many FUSE ones): look, then rename."""
+        try:
+            os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            os.rename(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+            return True
+        return False
+
+    def replace(self, temporary: bytes, name: bytes) -> None:
+        """Put a finished file in the place of an older one of ours."""
+        with attempting("replace", self.full(name)):
+            os.rename(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def discard(self, name: bytes) -> None:
+        """Remove a file; one that is not there is as good."""
+        with attempting("remove", self.full(name)):
+            try:
+                os.unlink(name, dir_fd=self.descriptor)
+            except FileNotFoundError:
+                pass
+
+    def sync(self) -> None:
+        """Make the names in this directory durable, where the filesystem can."""
+        with attempting("make durable", self.path):
+            _sync(self.descriptor)
+
+
+class Outbox:
+    """The outbox as the daemon described it. Holds no descriptor between two requests, so that a share can be unmounted."""
+
+    def __init__(self, terms: ServeOutbox) -> None:
+        self.path = os.path.normpath(terms.path)
+        self._terms = terms
+        self._owner: Owner | None = None
+        self._device_above: int | None = None
+        self._was_mounted = False
+
+    @contextmanager
+    def folder(self, parts: tuple[bytes, ...] = (), *, make: bool = True) -> Iterator[Folder]:
+        """The directory `parts` below the outbox, open. Raises FolderGone when it is absent and not to be made."""
+        folder = self._open_root()
+        try:
+            for part in parts:
+                below = self._step(folder, part, make)
+                os.close(folder.descriptor)
+                folder = below
+            yield folder
+        finally:
+            os.close(folder.descriptor)
+
+    def _folder(self, descriptor: int, path: bytes) -> Folder:
+        return Folder(descriptor, path, self._owner or Owner(), self._terms.file_mode)
+
+    # --- the outbox itself ---
+
+    def _open_root(self) -> Folder:
+        self._owner = self._owner or _owner_like(self._terms.like)
+        with attempting("open the outbox", self.path):
+            try:
+                descriptor = os.open(self.path, _DIRECTORY)
+            except FileNotFoundError:
+                descriptor = self._make_root()
+            try:
+                self._know_mount(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return self._folder(descriptor, self.path)
+
+    def _know_mount(self, descriptor: int) -> None:
+        """Remember whether the outbox is a mount point: if it is none later on, what is there now is the bare directory below."""
+        above = os.stat(b"..", dir_fd=descriptor).st_dev
+        mounted = os.fstat(descriptor).st_dev != above
+        if self._was_mounted and not mounted:
+            raise OutboxAbsent(f"cannot publish in {printable(self.path)}: it is no longer mounted")
+        self._device_above, self._was_mounted = above, mounted
+
+    def _make_root(self) -> int:
+        """Make the outbox, unless its share seems to be away: the inbox is missing too, or its parent is another filesystem now."""
+        if not os.path.isdir(self._terms.like):
+            raise OutboxAbsent(f"cannot make the outbox {printable(self.path)}: {printable(self._terms.like)} is not there either")
+        with _closing(os.open(os.path.dirname(self.path), _DIRECTORY)) as above:
+            if self._device_above not in (None, os.fstat(above).st_dev):
+                raise OutboxAbsent(f"cannot publish in {printable(self.path)}: its filesystem is no longer mounted")
+            return self._make(above, os.path.basename(self.path))
+
+    # --- below it ---
+
+    def _step(self, above: Folder, name: bytes, make: bool) -> Folder:
+        path = above.full(name)
+        with attempting("open the folder", path):
+            try:
+                return self._folder(_open_below(above.descriptor, name), path)
+            except FileNotFoundError:
+                if not make:
+                    raise FolderGone(f"cannot open the folder {printable(path)}: it is not there") from None
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                    raise
+                raise OutboxBlocked(f"cannot publish below {printable(path)}: it is a symbolic link or a file") from error
+        with attempting("make the folder", path):
+            return self._folder(self._make(above.descriptor, name), path)
+
+    def _make(self, above: int, name: bytes) -> int:
+        try:
+            os.mkdir(name, self._terms.directory_mode, dir_fd=above)
+        except FileExistsError:  # somebody else made it a moment ago: then it is theirs
+            return _open_below(above, name)
+        descriptor = _open_below(above, name)
+        try:
+            _give(descriptor, self._owner or Owner(), self._terms.directory_mode, inherits=_hands_down_group(above))
+            _sync(above)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+def _open_below(above: int, name: bytes) -> int:
+    return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+# --- owner and mode ------------------------------------------------------------------------------------------------------------
+
+
+def _owner_like(path: bytes) -> Owner | None:
+    """The owner and group of a directory; only root can give things away, anybody can try the group. None when it is absent."""
+    try:
+        known = os.stat(path)
+    except OSError:  # asked again with the next request; until then, what we make is simply ours
+        return None
+    return Owner(known.st_uid if os.geteuid() == 0 else -1, known.st_gid)
+
+
+def _hands_down_group(descriptor: int) -> bool:
+    return bool(os.fstat(descriptor).st_mode & stat.S_ISGID)
+
+
+def _give(descriptor: int, owner: Owner, mode: int, *, inherits: bool) -> None:
+    """Owner, then mode (a change of owner can clear bits of it). A setgid parent has already chosen the group and keeps its bit."""
+    gid = -1 if inherits else owner.gid
+    try:
+        if (owner.uid, gid) != (-1, -1):
+            os.fchown(descriptor, owner.uid, gid)
+    except OSError as error:  # vfat, CIFS and squashed NFS keep their own idea of owners
+        if error.errno not in CANNOT_OWN:
+            raise
+    known = os.fstat(descriptor).st_mode
+    try:
+        if stat.S_IMODE(known) != mode | (known & stat.S_ISGID):
+            os.fchmod(descriptor, mode | (known & stat.S_ISGID))
+    except OSError as error:  # and of modes
+        if error.errno not in CANNOT_OWN:
+            raise
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network and FUSE filesystems cannot: then their own promise is all there is
+        if error.errno not in CANNOT_SYNC:
+            raise
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _digest(descriptor: int, size: int | None) -> str:
+    known = os.fstat(descriptor)
+    if not stat.S_ISREG(known.st_mode) or size not in (None, known.st_size):
+        return FOREIGN
+    digest = hashlib.sha256()
+    while data := os.read(descriptor, _READ_BYTES):
+        digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,203 @@
+"""render: one transcript as txt, srt, vtt, tsv or json. Pure, and the same transcript gives the same bytes: after a crash the
+outbox knows its own files by that.
+
+Owns: `FORMATS`, the renderers by name, and what each shape promises:
+
+  txt   one line for each segment
+  srt   numbered cues, comma milliseconds, CRLF-free; `-->` in a text becomes `->`, since SubRip cannot quote it
+  vtt   WebVTT; `&`, `<` and `>` are escaped
+  tsv   `start`, `end` (milliseconds) and `text`, tab-separated, with a header line: what openai-whisper writes
+  json  everything, with its provenance: see `document`
+
+Texts are cleaned alike for all of them: one line, no control characters. Segments without any text have no line and no cue;
+json keeps them. Fails with UnknownFormat.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import msgspec
+
+from whisperd.outbox.failures import UnknownFormat
+from whisperd.vocabulary import Segment, Transcript, Word
+
+_BREAKS = re.compile("[\t\n\x0b\x0c\r\x1c-\x1f\x85\u2028\u2029]+")
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+_HALVES = re.compile("[\ud800-\udfff]")
+_ARROW = re.compile("-{2,}>")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Cue(NamedTuple):
+    """One line of text with its place, in whole milliseconds."""
+
+    start_ms: int
+    end_ms: int
+    text: str
+
+
+def render(transcript: Transcript, wanted: str) -> bytes:
+    """The transcript in one format. Raises UnknownFormat."""
+    if wanted not in FORMATS:
+        raise UnknownFormat(f"cannot write a transcript as {wanted!r}", hint=f"formats are {', '.join(FORMATS)}")
+    return FORMATS[wanted](transcript).encode()
+
+
+# --- text and time -------------------------------------------------------------------------------------------------------------
+
+
+def one_line(text: str) -> str:
+    """A text that no format can break on: line breaks become a space, control characters and halves of characters go."""
+    return _HALVES.sub("\ufffd", _UNSEEN.sub("", _BREAKS.sub(" ", text)))
+
+
+def _line(segment: Segment) -> str:
+    return one_line(segment.text).strip()
+
+
+def _lines(transcript: Transcript) -> Iterator[str]:
+    return filter(None, map(_line, transcript.segments))
+
+
+def milliseconds(seconds: float) -> int:
+    return max(0, round(seconds * 1000))
+
+
+def _span(part: Segment | Word) -> tuple[int, int]:
+    """Start and end in milliseconds, the end never before the start."""
+    start = milliseconds(part.start_s)
+    return start, max(start, milliseconds(part.end_s))
+
+
+def cues(transcript: Transcript) -> list[Cue]:
+    """The segments as players can show them: in order, each at least a millisecond long, none over the next one."""
+    rising: list[Cue] = []
+    for segment in transcript.segments:
+        text = _line(segment)
+        if text:
+            start, end = _span(segment)
+            start = max(start, rising[-1].start_ms + 1) if rising else start
+            rising.append(Cue(start, max(end, start + 1), text))
+    ends = [min(cue.end_ms, following.start_ms) for cue, following in pairwise(rising)]
+    return [cue._replace(end_ms=end) for cue, end in zip(rising, ends, strict=False)] + rising[-1:]
+
+
+def timestamp(ms: int, comma: str) -> str:
+    """`hh:mm:ss,mmm`; hours grow past two digits when they must."""
+    seconds, ms = divmod(ms, 1000)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02}:{minutes:02}:{seconds:02}{comma}{ms:03}"
+
+
+def _timing(cue: Cue, comma: str) -> str:
+    return f"{timestamp(cue.start_ms, comma)} --> {timestamp(cue.end_ms, comma)}"
+
+
+# --- the formats ---------------------------------------------------------------------------------------------------------------
+
+
+def _txt(transcript: Transcript) -> str:
+    return "".join(f"{line}\n" for line in _lines(transcript))
+
+
+def _srt(transcript: Transcript) -> str:
+    blocks = (f"{number}\n{_timing(cue, ',')}\n{_ARROW.sub('->', cue.text)}\n" for number, cue in enumerate(cues(transcript), 1))
+    return "\n".join(blocks)
+
+
+def _vtt(transcript: Transcript) -> str:
+    return "\n".join(["WEBVTT\n", *(f"{_timing(cue, '.')}\n{_escaped(cue.text)}\n" for cue in cues(transcript))])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _tsv(transcript: Transcript) -> str:
+    rows = (f"{cue.start_ms}\t{cue.end_ms}\t{cue.text}\n" for cue in cues(transcript))
+    return "".join(["start\tend\ttext\n", *rows])
+
+
+def _json(transcript: Transcript) -> str:
+    return json.dumps(document(transcript), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def document(transcript: Transcript) -> dict[str, Any]:
+    """The json format: its keys and their order are a contract, `schema` names its version. Times are seconds.
+
+    `text` is what the txt format holds. `segments[].id` counts from 0; `words` is there only when words were asked for.
+    """
+    return {
+        "schema": transcript.schema,
+        "source": _source(transcript),
+        "engine": _engine(transcript),
+        "options": msgspec.to_builtins(transcript.options),
+        "language": transcript.language,
+        "language_probability": transcript.language_probability,
+        "text": "\n".join(_lines(transcript)),
+        "segments": [_segment(number, segment) for number, segment in enumerate(transcript.segments)],
+    }
+
+
+def _source(transcript: Transcript) -> dict[str, Any]:
+    summary = transcript.summary
+    return {
+        "name": _HALVES.sub("\ufffd", transcript.source),
+        "size": transcript.size,
+        "modified_at": _calendar(transcript.mtime_ns),
+        "mtime_ns": transcript.mtime_ns,
+        "sha256": summary.source_sha256,
+        "container": summary.container,
+        "codec": summary.codec,
+        "duration_s": round(summary.duration_s, 3),
+        "speech_s": round(summary.speech_s, 3),
+    }
+
+
+def _engine(transcript: Transcript) -> dict[str, Any]:
+    summary = transcript.summary
+    return {
+        "version": summary.engine_version,
+        "model": summary.model,
+        "model_revision": summary.model_revision,
+        "device": summary.device,
+        "compute_type": summary.compute_type,
+    }
+
+
+def _segment(number: int, segment: Segment) -> dict[str, Any]:
+    start, end = _span(segment)
+    return {
+        "id": number,
+        "start": start / 1000,
+        "end": end / 1000,
+        "text": _line(segment),
+        "avg_logprob": round(segment.avg_logprob, 4),
+        "no_speech_prob": round(segment.no_speech_prob, 4),
+        "compression_ratio": round(segment.compression_ratio, 4),
+        "temperature": round(segment.temperature, 4),
+        **({"words": [_word(word) for word in segment.words]} if segment.words else {}),
+    }
+
+
+def _word(word: Word) -> dict[str, Any]:
+    start, end = _span(word)
+    return {"start": start / 1000, "end": end / 1000, "word": one_line(word.text), "probability": round(word.probability, 4)}
+
+
+def _calendar(mtime_ns: int) -> str | None:
+    """ISO 8601 in UTC, or None: a broken clock or share gives years that no calendar has."""
+    try:
+        return (_EPOCH + timedelta(microseconds=mtime_ns // 1000)).isoformat().replace("+00:00", "Z")
+    except OverflowError:
+        return None
+
+
+FORMATS: dict[str, Callable[[Transcript], str]] = {"txt": _txt, "srt": _srt, "vtt": _vtt, "tsv": _tsv, "json": _json}

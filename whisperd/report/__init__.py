@@ -1,0 +1,1 @@
+"""report: show. Read-only views of the ledger; writes nothing."""
