@@ -218,7 +218,8 @@ class Book:
 
     @whole
     def checkpoint(self, job: int, child: str, window: Window, now: float, *, lease_s: float, duration_s: float | None) -> None:
-        self._move("checkpoint", job, now, child=child, lease_until=now + lease_s, position_s=window.end_s, duration_s=duration_s)
+        kept = {"lease_until": now + lease_s, "position_s": window.end_s, "duration_s": duration_s}
+        self._move("checkpoint", job, now, child=child, interruptions=0, **kept)  # it got on: earlier deaths are forgotten
         if window.index < 0:
             raise Refused("illegal_move")
         self.windows.setdefault((job, window.index), (window.end_s, json(window)))
@@ -571,7 +572,8 @@ class World:
     def do_claim(self, which: int, child: str, lease_s: float) -> None:
         self.both("claim", self.job(which), self.child(child, self.job(which)), self.now, lease_s=lease_s)
 
-    def do_checkpoint(self, which: int, child: str, index: int, take: int, lease_s: float, duration_s: float | None) -> None:
+    def do_checkpoint(self, which: int, child: str, index: int, take: int, *until: float | None) -> None:
+        lease_s, duration_s = until
         said = Segment(start_s=0.0, end_s=1.5, text=f"žluťoučký\n\x00 {take}")
         window = Window(index=index, start_s=0.0, end_s=1.5 + index, language="cs", language_probability=0.9, segments=(said,))
         job = self.job(which)
@@ -670,7 +672,8 @@ class World:
     def _compare(self, jobs: list[int]) -> None:
         among = ",".join(map(str, jobs))
         rows = [dict(zip(self.columns, row, strict=True)) for row in self.sql(f"SELECT * FROM job WHERE id IN ({among}) ORDER BY id")]
-        assert rows == [self.book.jobs[job] for job in sorted(jobs)], self.log
+        expected = [self.book.jobs[job] for job in sorted(jobs)]
+        assert rows == expected, (differences(rows, expected), self.log)
         history: dict[int, list[tuple[Any, ...]]] = {job: [] for job in jobs}
         chosen = "job_id, at, verb, from_state, to_state, attempt, note"
         for job, *event in self.sql(f"SELECT {chosen} FROM event WHERE job_id IN ({among}) ORDER BY job_id, id"):
@@ -681,6 +684,12 @@ class World:
         assert {row[:2]: row[2:] for row in windows} == kept, self.log
         for row in rows:
             assert not (broken := broken_laws(row) + broken_history(row, history[row["id"]])), (broken, row, self.log)
+
+
+def differences(rows: list[Row], expected: list[Row]) -> list[tuple[Any, ...]]:
+    """(job, column, stored, expected), for a reader."""
+    pairs = zip(rows, expected, strict=False)
+    return [(row["id"], name, row[name], told[name]) for row, told in pairs for name in row if row[name] != told[name]]
 
 
 @pytest.fixture(scope="module")
@@ -865,7 +874,8 @@ def fitting(state: str, verb: str) -> str:
     ended = "9.0" if state in ENDED else "NULL"
     return (
         f"state = '{state}', verb = '{verb}', lease_child = {lease}, ended_at = {ended}, reported_at = NULL, options = '{{}}',"
-        f" transcript = 't.json', failure_kind = 'permanent', failure_code = 'c', failure_what = 'w', attempts = attempts + {verb == 'claim'}"
+        f" transcript = 't.json', failure_kind = 'permanent', failure_code = 'c', failure_what = 'w',"
+        f" attempts = attempts + {verb == 'claim'}"
     )
 
 

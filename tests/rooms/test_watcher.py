@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -349,6 +350,29 @@ def test_a_directory_that_takes_the_inbox_s_place_is_watched(daemon: Daemon, tmp
     daemon.settled(b"first.mp3")
     (daemon.inbox / "second.mp3").write_bytes(b"2")
     daemon.settled(b"first.mp3", b"second.mp3")
+
+
+def test_lost_events_are_made_up_for(daemon: Daemon) -> None:
+    """A reader that stalls while the kernel's queue overflows: what came meanwhile is found, and its directory is watched from then on."""
+    queue = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    if queue > 50_000:
+        pytest.skip("the kernel's queue is too long to fill it here")
+    daemon.watch()
+    daemon.until(lambda: daemon.count(Scanned))
+    assert daemon.child is not None
+    os.kill(daemon.child.pid, signal.SIGSTOP)
+    try:
+        for _ in range(queue // 2 + 10):  # created, deleted
+            os.mknod(daemon.inbox / "flood")
+            os.unlink(daemon.inbox / "flood")
+        (daemon.inbox / "folder").mkdir()
+        (daemon.inbox / "folder/first.mp3").write_bytes(b"1")
+    finally:
+        os.kill(daemon.child.pid, signal.SIGCONT)
+    daemon.settled(b"folder/first.mp3")
+    assert any("overflow" in line for line in daemon.child.read_stderr())
+    (daemon.inbox / "folder/second.mp3").write_bytes(b"2")
+    daemon.settled(b"folder/first.mp3", b"folder/second.mp3")
 
 
 def test_polling_needs_no_events(daemon: Daemon) -> None:

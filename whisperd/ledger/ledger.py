@@ -101,6 +101,8 @@ class Ledger(Queries):
                     {"verb": verb, "note": note, "now": now, "job": job, "by_child": child, "by_epoch": self.epoch, **changes},
                 )
             except (sqlite3.IntegrityError, OverflowError) as error:
+                if not self.exists(job):
+                    self._refuse(verb, job, child)
                 raise IllegalMove(f"cannot {verb} job {job}: {error}") from error
             if cursor.rowcount != 1:
                 self._refuse(verb, job, child)

@@ -26,6 +26,11 @@ class Pace:
     _hinted: float | None = None
     _asked: bool = False
 
+    @property
+    def has_hint(self) -> bool:
+        """Whether a hint waits for its scan."""
+        return self._hinted is not None
+
     def hinted(self, now: float) -> None:
         """Something may have changed."""
         if self._hinted is None:

@@ -102,15 +102,23 @@ class Watch:
     def _rest(self) -> None:
         """Sleep until something is due, and take in what woke us."""
         due = min(self._pace.next_scan(self._settler.next_look()), self._glance_at)
-        listening: list[Channel[WatcherIn] | int] = [self._channel, self._woken]
+        listening: list[Channel[WatcherIn] | int] = [self._channel]
+        if not self._pace.has_hint:  # one is enough: a flood of events must not keep the loop turning
+            listening.append(self._woken)
         readable, _, _ = select.select(listening, [], [], max(0.0, due - time.monotonic()))
         if self._woken in readable:
-            os.eventfd_read(self._woken)
             self._pace.hinted(time.monotonic())
         if self._channel in readable:
             self._serve(self._channel.receive())
         if time.monotonic() >= self._glance_at:
             self._glance()
+
+    def _forget_wakes(self) -> None:
+        """What woke us before a scan is answered by that scan."""
+        try:
+            os.eventfd_read(self._woken)
+        except BlockingIOError:  # nothing did
+            pass
 
     def _breathe(self) -> None:
         """Serve the wire in the middle of a long scan."""
@@ -153,6 +161,7 @@ class Watch:
     def _round(self) -> None:
         """Scan once and tell what changed, or tell that it cannot be done."""
         began = time.monotonic()
+        self._forget_wakes()
         self._pace.begins(began)
         owed, self._owed = self._owed, False
         try:

@@ -1,0 +1,39 @@
+# The newcomer's two commands: `make demo` and `make test`. Both make their own virtual environment in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint docs wheel clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/whisperd demo
+
+test: $(VENV)/.installed-dev lint
+	./scripts/debian-packages espeak-ng ffmpeg sox systemd
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+docs: $(VENV)/.installed-dev
+	$(VENV)/bin/python scripts/generate_docs.py
+
+wheel: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+# torch goes first and alone: a later, wider wish for it would bring another build with gigabytes of CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	./scripts/debian-packages --python $(PYTHON)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
