@@ -2,17 +2,18 @@
 
 Order: defaults, then the TOML file, then `WHISPERD_SECTION__KEY` in the environment. An unknown key is an error: a typing mistake
 must not silently mean the default. Fails with `ConfigError` that names the key, the value and what is allowed.
-docs/settings.md and etc/whisperd.toml are generated from the descriptions here (`python -m whisperd.config`).
+docs/settings.md and etc/whisperd.toml are generated from the descriptions here (scripts/generate_docs.py).
 """
 
 from __future__ import annotations
 
+import json
 import os
+import tomllib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from whisperd.errors import ConfigError
@@ -289,8 +290,6 @@ def _complaints(error: ValidationError) -> Iterator[str]:
 
 def origin_of(settings: Settings, path: str) -> dict[str, tuple[Any, str]]:
     """Every setting with its value and where it comes from: default, file or environment."""
-    import tomllib
-
     with open(path, "rb") as file:
         document = tomllib.load(file)
     found: dict[str, tuple[Any, str]] = {}
@@ -326,41 +325,8 @@ def _has(document: Any, key: str) -> bool:
     return True
 
 
-# --- documents made of the descriptions ------------------------------------------------------------------------------------------
-
-
-def sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    """("", Settings), ("engine", EngineSettings), … in order; [[inbox]] last."""
-    yield "", Settings
-    yield from _sections_of(Settings, "")
-    yield "[inbox]", InboxSettings
-
-
-def _sections_of(model: type[BaseModel], before: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield before + name, kind
-            yield from _sections_of(kind, f"{before}{name}.")
-
-
-def leaves(model: type[BaseModel]) -> Iterator[tuple[str, Any]]:
-    """The settings of one section that are not sections themselves."""
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)) and not (model is Settings and name == "inbox"):
-            yield name, field
-
-
 def toml_value(value: Any) -> str:
-    """A default as TOML."""
-    import json
-
+    """A value as TOML."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False)
-
-
-def default_of(field: Any) -> Any:
-    """The default, or None where there is none."""
-    return None if field.default is PydanticUndefined else field.default

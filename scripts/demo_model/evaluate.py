@@ -130,9 +130,7 @@ def joined(parts: list[Item], seed: int) -> tuple[speech.Waveform, list[tuple[fl
 
 def whole(model: WhisperModel) -> Transcriber:
     def transcribe(wave: speech.Waveform) -> list[Heard]:
-        segments, _ = model.transcribe(
-            wave, language="en", beam_size=5, condition_on_previous_text=False, vad_filter=False
-        )
+        segments, _ = model.transcribe(wave, language="en", beam_size=5, condition_on_previous_text=False, vad_filter=False)
         return [Heard(segment.start, segment.end, segment.text.strip()) for segment in segments]
 
     return transcribe

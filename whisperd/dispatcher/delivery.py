@@ -19,7 +19,7 @@ from whisperd.dispatcher.nursery import Keeper, Nursery
 from whisperd.dispatcher.staging import open_staged
 from whisperd.errors import printable
 from whisperd.ledger.ledger import IllegalMove, Ledger, NoSuchJob
-from whisperd.vocabulary import Failure
+from whisperd.vocabulary import Failure, FailureKind
 from whisperd.wire import (
     Frame,
     OutboxOut,
@@ -35,6 +35,7 @@ from whisperd.wire import (
 
 IN_FLIGHT_MAX = 4
 ANSWER_S = 120.0
+POSTPONE_S = 300.0
 PAUSE_FIRST_S = 1.0
 PAUSE_MAX_S = 30.0
 ERROR_SUFFIX = b".error.txt"
@@ -48,7 +49,8 @@ class Writer:
     path: bytes
     keeper: Keeper
     in_flight: dict[int, float] = field(default_factory=dict)  # job → sent at (monotonic)
-    resume_at: float = 0.0  # monotonic: after a failure that is waited for
+    resume_at: float = 0.0  # monotonic: after a failure of the outbox, which is waited for
+    postponed: dict[int, float] = field(default_factory=dict)  # job → not before (monotonic): after a failure of its own
     failures: int = 0
     down: str = ""
 
@@ -108,7 +110,8 @@ class Delivery:
 
     def stuck(self, failures: int) -> list[str]:
         """Outboxes that refused so many times in a row, with the reason."""
-        return [writer.down for writer in self.writers.values() if writer.failures >= failures and writer.down]
+        refused = [writer.down for writer in self.writers.values() if writer.failures >= failures and writer.down]
+        return refused + [f"job {job} cannot be published (see the log)" for w in self.writers.values() for job in w.postponed]
 
     def stop(self) -> None:
         for writer in self.writers.values():
@@ -123,6 +126,8 @@ class Delivery:
         for row in self._ledger.unpublished():
             writer = self.writers.get(row["outbox"])
             if writer is None or writer not in open_writers or row["id"] in writer.in_flight:
+                continue
+            if writer.postponed.get(row["id"], 0.0) > now:
                 continue
             if len(writer.in_flight) < IN_FLIGHT_MAX:
                 self._send(writer, row, now)
@@ -160,6 +165,7 @@ class Delivery:
 
     def _published(self, writer: Writer, job: int, files: Sequence[PublishedFile]) -> None:
         writer.in_flight.pop(job, None)
+        writer.postponed.pop(job, None)
         writer.failures, writer.down = 0, ""
         now = time.time()
         row = self._ledger.job(job)
@@ -183,6 +189,10 @@ class Delivery:
         writer.in_flight.pop(job, None)
         if failure.code == "name_taken":
             self._avoid(writer, job, failure)
+            return
+        if failure.kind is not FailureKind.WAITING:  # this one's own trouble: the others go on
+            writer.postponed[job] = time.monotonic() + POSTPONE_S
+            logger.bind(job=job, event="not_published").error(f"job {job} cannot be published: {failure.what}; {failure.hint}")
             return
         writer.failures += 1
         writer.down = f"{failure.what} ({failure.hint})"
