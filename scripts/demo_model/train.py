@@ -84,7 +84,9 @@ class Average:
 def letter_loss(logits: Tensor, batch: Batch) -> Tensor:
     odds = functional.log_softmax(logits.float(), -1).transpose(0, 1)
     lengths = torch.full((odds.shape[1],), odds.shape[0])
-    loss = functional.ctc_loss(odds, batch.letters, lengths, batch.letter_counts, blank=BLANK, reduction="none", zero_infinity=True)
+    loss = functional.ctc_loss(
+        odds, batch.letters, lengths, batch.letter_counts, blank=BLANK, reduction="none", zero_infinity=True
+    )
     return (loss / batch.letter_counts.clamp(min=1)).mean()
 
 

@@ -29,7 +29,7 @@ from whisperd.vocabulary import Failure, FailureKind, JobOptions, Segment, Sight
 
 SEQUENCES = 10_000
 SEQUENCES_A_FILE = 100
-STEPS = (5, 15)
+STEPS = (4, 13)
 
 STATES = ("seen", "ready", "running", "transcribed", "done", "failed", "cancelled", "gone")
 LIVE = ("seen", "ready", "running")
