@@ -121,7 +121,6 @@ def _show(home: str, outbox: str, wall_s: float) -> None:
     worked_s = ledger.throughput_since(0)[1]
     ledger.close()
     if audio_s and worked_s:
-        print(
-            f"\n{audio_s:.1f} s of audio: {audio_s / worked_s:.0f}× real time while working, {wall_s:.1f} s in all with start-up and quiet period"
-        )
+        speed = f"{audio_s / worked_s:.0f}× real time while working"
+        print(f"\n{audio_s:.1f} s of audio: {speed}, {wall_s:.1f} s in all with start-up and quiet period")
     print(f"everything (inbox, outbox, ledger, log) is left in {home}")

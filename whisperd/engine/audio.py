@@ -29,6 +29,9 @@ BLOCK_SAMPLES = RATE_HZ * 2
 LOSS_MAX_S = 1.0
 LOSS_MAX_SHARE = 0.03
 BAD_PACKETS_MAX_SHARE = 0.05
+GUESSED_LENGTH = ("mp3", "aac", "ac3", "eac3", "amr", "amrnb", "amrwb")
+"""Bare streams: FFmpeg guesses their length from the size and the first moments' bit rate, unless an MP3 has a header that tells it."""
+MP3_HEADERS = (b"Xing", b"Info", b"VBRI")
 
 DEMUXERS = (
     "wav,w64,aiff,caf,au,voc,mp3,aac,flac,ogg,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,asf,avi,flv,mpeg,mpegts,amr,amrnb,amrwb,"
@@ -72,6 +75,7 @@ class Recording:
         self.container_name = str(self._container.format.name)
         self.codec_name = str(self._stream.codec_context.name)
         self.declared_s = self._declared_s()
+        self._promised_s = None if self._is_guess() else self.declared_s
         self.decoded_samples = 0
         self._demuxed_end_s = 0.0
         self._packets = 0
@@ -84,19 +88,14 @@ class Recording:
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
         """Blocks of float32 samples in -1..1, 16 kHz, mono, about 2 s each. Raises MediaDamaged, MediaRefused."""
-        resampler = AudioResampler(format="s16", layout="mono", rate=RATE_HZ)
+        mono = Mono()
         pending: list[NDArray[np.int16]] = []
-        held = 0
         for frame in self._frames():
-            for piece in resampler.resample(frame):
-                samples = piece.to_ndarray()[0]
-                pending.append(samples)
-                held += len(samples)
-            if held >= BLOCK_SAMPLES:
+            pending += mono.feed(frame)
+            if sum(map(len, pending)) >= BLOCK_SAMPLES:
                 yield self._block(pending)
-                pending, held = [], 0
-        if self._packets > self._bad_packets:
-            pending += [piece.to_ndarray()[0] for piece in resampler.resample(None)]
+                pending = []
+        pending += mono.end()
         if pending:
             yield self._block(pending)
         self._check_whole()
@@ -117,8 +116,9 @@ class Recording:
                 options={"format_whitelist": DEMUXERS, "protocol_whitelist": "none"},
             )
         except (FFmpegError, ValueError) as error:
+            what = looks_like(os.pread(self._file.fileno(), 512, 0))
             raise MediaRefused(
-                f"the file is not audio or video that can be read ({_reason(error)})",
+                f"the file is not audio or video that can be read ({what or _reason(error)})",
                 hint="open it in a media player; if it plays there, convert it to WAV, FLAC or MP3 and drop it again",
             ) from error
 
@@ -139,10 +139,17 @@ class Recording:
             return float(self._stream.duration * self._stream.time_base)
         return None
 
+    def _is_guess(self) -> bool:
+        """Whether the declared length is FFmpeg's own estimate: then nobody promised it."""
+        if self.container_name not in GUESSED_LENGTH:
+            return False
+        beginning = behind_id3(self._file.fileno(), 4096)
+        return not any(header in beginning for header in MP3_HEADERS)
+
     def _check_caps(self) -> None:
         context = self._stream.codec_context
-        if self.declared_s is not None and self.declared_s > self._caps.duration_max_s:
-            self._refuse_length(self.declared_s)
+        if self._promised_s is not None and self._promised_s > self._caps.duration_max_s:
+            self._refuse_length(self._promised_s)
         if context.channels > self._caps.channels_max:
             raise MediaRefused(f"the recording has {context.channels} channels, more than the {self._caps.channels_max} allowed")
         if context.sample_rate > self._caps.rate_max_hz:
@@ -169,12 +176,12 @@ class Recording:
             ) from error
 
     def _decode(self, packet: Any) -> Iterator[Any]:
-        if packet.size:
-            self._packets += 1
+        whole = bool(packet.size)  # the last one only asks the decoder for what it still holds
+        self._packets += whole
         try:
             yield from packet.decode()
         except FFmpegError:  # one bad packet is a click in the sound, not the end of it; too many are judged in _check_whole
-            self._bad_packets += 1
+            self._bad_packets += whole
 
     def _note_end(self, packet: Any) -> None:
         if packet.pts is None or packet.time_base is None:
@@ -198,28 +205,65 @@ class Recording:
         if self.decoded_samples == 0:
             raise MediaRefused("the file has an audio track, but no sound in it (0.0 s)", hint="check the recording")
         reached_s = max(self.duration_s, self._demuxed_end_s)
-        if self.declared_s is not None and self.declared_s - reached_s > max(LOSS_MAX_S, LOSS_MAX_SHARE * self.declared_s):
+        if self._promised_s is not None and self._promised_s - reached_s > max(LOSS_MAX_S, LOSS_MAX_SHARE * self._promised_s):
             raise MediaDamaged(
-                f"the recording is cut off: {reached_s:.1f} s of the {self.declared_s:.1f} s it promises are there",
+                f"the recording is cut off: {reached_s:.1f} s of the {self._promised_s:.1f} s it promises are there",
                 hint="the copy was probably interrupted; copy the recording again",
             )
+
+
+class Mono:
+    """Decoded frames in, 16 kHz mono samples out. Rate and channels may change midway: joined files and broadcasts do that."""
+
+    def __init__(self) -> None:
+        self._resampler: AudioResampler | None = None
+        self._shape: tuple[str, str, int] | None = None
+
+    def feed(self, frame: Any) -> list[NDArray[np.int16]]:
+        """Samples that this frame completed. Raises MediaDamaged."""
+        shape = (frame.format.name, frame.layout.name, frame.sample_rate)
+        before = self.end() if shape != self._shape else []
+        if self._resampler is None:
+            self._resampler, self._shape = AudioResampler(format="s16", layout="mono", rate=RATE_HZ), shape
+        return before + self._resample(self._resampler, frame)
+
+    def end(self) -> list[NDArray[np.int16]]:
+        """What is still held back. Raises MediaDamaged."""
+        resampler, self._resampler = self._resampler, None
+        return [] if resampler is None else self._resample(resampler, None)
+
+    def _resample(self, resampler: AudioResampler, frame: Any) -> list[NDArray[np.int16]]:
+        try:
+            return [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+        except (FFmpegError, ValueError) as error:
+            raise MediaDamaged(f"the sound cannot be converted ({_reason(error)})", hint="convert it to WAV, FLAC or MP3") from error
 
 
 def check_riff_size(descriptor: int) -> None:
     """A WAV says in its first bytes how long it is; FFmpeg believes the file's size instead. Raises MediaDamaged when cut off.
 
-    0 and 0xFFFFFFFF mean "written as a stream, length unknown" and say nothing.
+    Who writes a WAV into a pipe cannot know its length: 0, 2 GiB (arecord, sox) or 4 GiB (FFmpeg), less a little, say nothing.
     """
     head = os.pread(descriptor, 12, 0)
     if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
         return
     promised = int.from_bytes(head[4:8], "little") + 8
     there = os.fstat(descriptor).st_size
-    if 8 < promised < 0xFFFFFFFF and promised - there > max(4096, LOSS_MAX_SHARE * promised):
+    unknown = promised <= 8 or abs(promised - (1 << 31)) <= 8192 or promised >= (1 << 32) - 8192
+    if not unknown and promised - there > max(4096, LOSS_MAX_SHARE * promised):
         raise MediaDamaged(
             f"the recording is cut off: {there} of the {promised} bytes it promises are there",
             hint="the copy was probably interrupted; copy the recording again",
         )
+
+
+def behind_id3(descriptor: int, length: int) -> bytes:
+    """The first bytes behind the ID3 tag, which may hold pictures of megabytes."""
+    head = os.pread(descriptor, 10, 0)
+    tag = 0
+    if head[:3] == b"ID3" and len(head) == 10:
+        tag = 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    return os.pread(descriptor, length, tag)
 
 
 def _reason(error: Exception) -> str:
