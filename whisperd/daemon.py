@@ -26,6 +26,7 @@ from whisperd.dispatcher.staging import drop_older
 from whisperd.errors import ConfigError, StateDirError, printable
 from whisperd.health.checks import Observation
 from whisperd.health.health import Acts, Health, disk_free_mib, memory_used_percent
+from whisperd.ledger.connection import LedgerStuck
 from whisperd.ledger.ledger import Ledger
 from whisperd.ledger.queries import Queries
 from whisperd.log import to_journal_or_stderr
@@ -191,6 +192,11 @@ class Daemon:
         self._loop.stop()
 
     def _fatal(self, error: BaseException) -> None:
+        if isinstance(error, LedgerStuck):  # a full disk is the environment's fault: files wait, and whoever started us tries again
+            logger.bind(event="ledger_stuck").critical(f"{error}; ending, to be started again")
+            self._exit_code = ENVIRONMENT
+            self._loop.stop()
+            return
         logger.opt(exception=error).critical("a loop of the daemon died; ending so that the daemon is started again")
         self._exit_code = INTERNAL
         self._loop.stop()

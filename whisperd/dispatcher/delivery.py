@@ -14,7 +14,7 @@ from typing import Any
 from loguru import logger
 
 from whisperd.child import Child
-from whisperd.config import Settings
+from whisperd.config import InboxSettings, Settings
 from whisperd.dispatcher.nursery import Keeper, Nursery
 from whisperd.dispatcher.staging import open_staged
 from whisperd.errors import printable
@@ -47,6 +47,7 @@ class Writer:
     """One outbox and its writer process."""
 
     path: bytes
+    hello: ServeOutbox
     keeper: Keeper
     in_flight: dict[int, float] = field(default_factory=dict)  # job → sent at (monotonic)
     resume_at: float = 0.0  # monotonic: after a failure of the outbox, which is waited for
@@ -63,26 +64,22 @@ class Delivery:
         self._ledger = ledger
         self._on_news = on_news
         self._name_template = "{stem}"
+        self._count = 0
         self.writers: dict[bytes, Writer] = {}
 
     def apply(self, settings: Settings) -> None:
         """Serve exactly the configured outboxes."""
         self._name_template = settings.outbox.name
-        wanted = {os.fsencode(inbox.outbox_path): os.fsencode(inbox.path) for inbox in settings.inbox}
+        hellos = {os.fsencode(inbox.outbox_path): _hello(inbox, settings) for inbox in settings.inbox}
         for path in list(self.writers):
-            if path not in wanted:
+            if hellos.get(path) != self.writers[path].hello:
                 self.writers.pop(path).keeper.stop()
-        for number, (path, inbox) in enumerate(wanted.items(), start=1):
+        for path, hello in hellos.items():
             if path not in self.writers:
-                self.writers[path] = self._begin(number, path, inbox, settings)
+                self._count += 1
+                self.writers[path] = self._begin(self._count, path, hello)
 
-    def _begin(self, number: int, path: bytes, inbox: bytes, settings: Settings) -> Writer:
-        hello = ServeOutbox(
-            path=path,
-            file_mode=int(settings.outbox.file_mode, 8),
-            directory_mode=int(settings.outbox.directory_mode, 8),
-            like=inbox,
-        )
+    def _begin(self, number: int, path: bytes, hello: ServeOutbox) -> Writer:
         keeper = Keeper(
             self._nursery,
             name=f"outbox-{number}",
@@ -91,7 +88,7 @@ class Delivery:
             hello=hello,
             on_frame=lambda child, frame: self._frame(path, child, frame),
         )
-        return Writer(path=path, keeper=keeper)
+        return Writer(path=path, hello=hello, keeper=keeper)
 
     def tick(self, now: float) -> None:
         for writer in self.writers.values():
@@ -205,6 +202,15 @@ class Delivery:
         base = self._ledger.reserve_name(job, writer.path, [], kind)
         self._ledger.avoid_name(job, writer.path, base)
         logger.bind(job=job).info(f"job {job}: {failure.what}; taking another name")
+
+
+def _hello(inbox: InboxSettings, settings: Settings) -> ServeOutbox:
+    return ServeOutbox(
+        path=os.fsencode(inbox.outbox_path),
+        file_mode=int(settings.outbox.file_mode, 8),
+        directory_mode=int(settings.outbox.directory_mode, 8),
+        like=os.fsencode(inbox.path),
+    )
 
 
 def names(row: dict[str, Any], template: str) -> Iterator[bytes]:

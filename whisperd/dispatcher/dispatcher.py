@@ -49,7 +49,7 @@ class Dispatcher:
         self.plan: Plan | None = None
         self.choice: optimiser.Choice | None = None
         os.makedirs(os.path.join(ledger.state_dir, DIRECTORY), exist_ok=True)
-        nursery = Nursery(loop)
+        nursery = Nursery(loop, on_end=self.wake)
         self.nursery = nursery
         self.gauge = Gauge(nursery, ledger, on_change=self.wake)
         self.pool = Pool(nursery, on_frame=self._engine_said, on_death=self._engine_died)

@@ -47,6 +47,7 @@ class Inbox:
 
     number: int
     settings: InboxSettings
+    hello: WatchInbox
     keeper: Keeper
     scanned: bool = False
     unsettled: int = 0
@@ -76,29 +77,18 @@ class Intake:
             number = self._ledger.register_inbox(os.fsencode(inbox.path), os.fsencode(inbox.outbox_path), now)
             wanted[number] = inbox
         self._ledger.retire_inboxes(list(wanted))
-        same_watcher = self._settings is not None and self._settings.watcher == settings.watcher
-        for number in list(self.inboxes):
-            if not same_watcher or wanted.get(number) != self.inboxes[number].settings:
-                self.inboxes.pop(number).keeper.stop()
         self._settings = settings
+        hellos = {number: _hello(number, inbox, settings) for number, inbox in wanted.items()}
+        for number in list(self.inboxes):
+            if hellos.get(number) != self.inboxes[number].hello:
+                self.inboxes.pop(number).keeper.stop()
         for number, inbox in wanted.items():
-            if number not in self.inboxes:
-                self.inboxes[number] = self._begin(number, inbox, settings)
+            if number in self.inboxes:
+                self.inboxes[number].settings = inbox
+            else:
+                self.inboxes[number] = self._begin(number, inbox, hellos[number])
 
-    def _begin(self, number: int, inbox: InboxSettings, settings: Settings) -> Inbox:
-        hello = WatchInbox(
-            inbox=number,
-            path=os.fsencode(inbox.path),
-            ledger=settings.state_dir,
-            exclude=tuple(os.fsencode(other.outbox_path) for other in settings.inbox),
-            include=settings.watcher.include,
-            ignore=settings.watcher.ignore,
-            recursive=inbox.recursive,
-            events=inbox.events,
-            quiet_s=settings.watcher.quiet_s,
-            rescan_s=settings.watcher.rescan_s,
-            poll_s=settings.watcher.poll_s,
-        )
+    def _begin(self, number: int, inbox: InboxSettings, hello: WatchInbox) -> Inbox:
         keeper = Keeper(
             self._nursery,
             name=f"watcher-{number}",
@@ -107,7 +97,7 @@ class Intake:
             hello=hello,
             on_frame=lambda child, frame: self._frame(number, child, frame),
         )
-        return Inbox(number=number, settings=inbox, keeper=keeper)
+        return Inbox(number=number, settings=inbox, hello=hello, keeper=keeper)
 
     def tick(self, now: float) -> None:
         for inbox in self.inboxes.values():
@@ -220,3 +210,19 @@ class Intake:
         inbox.down = what
         self._ledger.inbox_down(inbox.number, what, time.time())
         logger.bind(inbox=inbox.settings.path, event="inbox_down").warning(f"inbox is down: {what}; {hint}")
+
+
+def _hello(number: int, inbox: InboxSettings, settings: Settings) -> WatchInbox:
+    return WatchInbox(
+        inbox=number,
+        path=os.fsencode(inbox.path),
+        ledger=settings.state_dir,
+        exclude=tuple(os.fsencode(other.outbox_path) for other in settings.inbox),
+        include=settings.watcher.include,
+        ignore=settings.watcher.ignore,
+        recursive=inbox.recursive,
+        events=inbox.events,
+        quiet_s=settings.watcher.quiet_s,
+        rescan_s=settings.watcher.rescan_s,
+        poll_s=settings.watcher.poll_s,
+    )

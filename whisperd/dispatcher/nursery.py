@@ -29,8 +29,9 @@ HEALTHY_AFTER_S = 20.0
 class Nursery:
     """All living children."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, on_end: Callable[[], None]) -> None:
         self._loop = loop
+        self._on_end = on_end
         self.children: dict[int, Child[Any]] = {}
         self._on_frame: dict[int, OnFrame] = {}
 
@@ -95,6 +96,7 @@ class Nursery:
             how = f"{how}: {child.killed_by_us}"
         del self.children[child.pid], self._on_frame[child.pid]
         on_exit(child, how)
+        self._on_end()
 
     def _take_frames(self, child: Child[Any]) -> int:
         child.heard_at = time.monotonic()

@@ -266,6 +266,24 @@ def behind_id3(descriptor: int, length: int) -> bytes:
     return os.pread(descriptor, length, tag)
 
 
+def looks_like(head: bytes) -> str:
+    """What a file that is no recording probably is, from its first bytes; "" when they say nothing."""
+    for magic, kind in (
+        (b"\x89PNG", "a picture"),
+        (b"\xff\xd8\xff", "a picture"),
+        (b"GIF8", "a picture"),
+        (b"%PDF", "a PDF document"),
+        (b"PK\x03\x04", "a ZIP archive or an office document"),
+    ):
+        if head.startswith(magic):
+            return f"it is {kind}"
+    if head[4:8] == b"ftyp":
+        return "it is an MP4 whose index is missing or damaged: the recording or its copy was cut off"
+    if head and all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head):
+        return "it is a text file"
+    return ""
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, FFmpegError) and error.errno == errno.EINVAL:  # FFmpeg's EINVAL: the demuxer is not in our list
         return "a kind of file that holds no recording"
