@@ -23,7 +23,7 @@ from whisperd import __version__, config
 from whisperd.config import Settings
 from whisperd.dispatcher.dispatcher import Dispatcher
 from whisperd.dispatcher.staging import drop_older
-from whisperd.errors import ConfigError, StateDirError, printable
+from whisperd.errors import ConfigError, StateDirError
 from whisperd.health.checks import Observation
 from whisperd.health.health import Acts, Health, disk_free_mib, memory_used_percent
 from whisperd.ledger.connection import LedgerStuck
@@ -231,10 +231,16 @@ class Daemon:
         if steps != self._steps_at_beat:
             self._steps_at_beat = steps
             self._notifier.notify("WATCHDOG=1")
-        down = [inbox.down for inbox in self._dispatcher.intake.inboxes.values() if inbox.down]
         if self._stop_began is None:
-            line = status_line(self._ledger.counts(), running=len(self._dispatcher.pool.working()), waits_for=self._blocked(), down=down)
-            self._notifier.notify("STATUS=" + line)
+            down = [*self._inboxes_down(), *self._outboxes_down()]
+            running = len(self._dispatcher.pool.working())
+            self._notifier.notify("STATUS=" + status_line(self._ledger.counts(), running=running, waits_for=self._blocked(), down=down))
+
+    def _inboxes_down(self) -> list[str]:
+        return [inbox.down for inbox in self._dispatcher.intake.inboxes.values() if inbox.down]
+
+    def _outboxes_down(self) -> list[str]:
+        return [writer.down for writer in self._dispatcher.delivery.writers.values() if writer.down]
 
     def _blocked(self) -> str:
         failure = self._dispatcher.pool.blocked
@@ -247,6 +253,7 @@ class Daemon:
             "version": __version__,
             "since": self._began,
             "blocked": self._blocked(),
+            "outboxes_down": self._outboxes_down(),
             "model": self._dispatcher.choice.reason if self._dispatcher.choice else "",
             "engines": [
                 {"name": engine.child.name, "pid": engine.child.pid, "life": str(engine.child.life), "job": engine.job}
@@ -261,15 +268,14 @@ class Daemon:
         now = time.time()
         outcomes = self._ledger.outcomes_since(now - 3600)
         oldest = self._ledger.oldest_ready_at()
-        delivery = self._dispatcher.delivery
         return Observation(
             disk_free_mib=disk_free_mib(self._settings.state_dir),
             memory_used_percent=memory_used_percent(),
             done_last_hour=outcomes["done"],
             failed_last_hour=outcomes["failed"],
             oldest_ready_age_s=None if oldest is None else now - oldest,
-            inboxes_down=[inbox.down for inbox in self._dispatcher.intake.inboxes.values() if inbox.down],
-            outboxes_down=[f"{printable(writer.path)}: {writer.down}" for writer in delivery.writers.values() if writer.down],
+            inboxes_down=self._inboxes_down(),
+            outboxes_down=self._outboxes_down(),
             engine_blocked=self._blocked(),
         )
 

@@ -6,6 +6,7 @@ Fails with `MediaRefused` (caps, no audio, not media) and `MediaDamaged` (trunca
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -279,9 +280,16 @@ def looks_like(head: bytes) -> str:
             return f"it is {kind}"
     if head[4:8] == b"ftyp":
         return "it is an MP4 whose index is missing or damaged: the recording or its copy was cut off"
-    if head and all(byte >= 0x20 or byte in b"\t\n\r\f" for byte in head):
-        return "it is a text file"
-    return ""
+    return "it is a text file" if _is_text(head) else ""
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether this is UTF-8 that people could read (bare samples are neither, most of the time)."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut in two
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(char.isprintable() or char in "\t\n\r\f\ufeff" for char in text)
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ import msgspec
 
 from whisperd.errors import WhisperdError
 from whisperd.ledger.connection import LedgerStuck, blames_the_disk, open_for_writing, write_lock
-from whisperd.ledger.queries import Queries
+from whisperd.ledger.queries import Queries, Row
 from whisperd.vocabulary import Failure, FailureKind, JobOptions, Plan, Reading, Sighting, Window
 
 
@@ -114,6 +114,14 @@ class Ledger(Queries):
         if child is not None and row["state"] == "running":
             raise LeaseLost(f"cannot {verb} job {job} for {child}: it runs for {row['lease_child']} now")
         raise IllegalMove(f"cannot {verb} job {job}: it is {row['state']}")
+
+    # Lists are read whole here: an open cursor pins a moment of the file, and nothing can be written upon a moment that has passed.
+
+    def jobs(self, *, state: str | None = None, inbox: bytes | None = None, limit: int = -1, newest: bool = False) -> Iterator[Row]:
+        return iter(list(super().jobs(state=state, inbox=inbox, limit=limit, newest=newest)))
+
+    def latest_per_path(self, inbox: int) -> Iterator[Row]:
+        return iter(list(super().latest_per_path(inbox)))
 
     # --- inboxes ---
 
@@ -418,7 +426,12 @@ class Ledger(Queries):
         if self._depth:  # asked within a transaction of ours, which holds the lock
             return False
         with self._turn, write_lock(self.state_dir):
-            busy, _, _ = self.db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            (patience_ms,) = self.db.conn.execute("PRAGMA busy_timeout").fetchone()
+            self.db.conn.execute("PRAGMA busy_timeout = 0")  # whoever waits here keeps every writer waiting
+            try:
+                busy, _, _ = self.db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self.db.conn.execute(f"PRAGMA busy_timeout = {patience_ms}")
             return not busy
 
     def prune(self, *, readings_before: float, events_before: float) -> int:

@@ -25,6 +25,7 @@ def snapshot(ledger: Queries, state_dir: str, now: float) -> dict[str, Any]:
         "at": now,
         "daemon": {"running": daemon_runs(state_dir), "pid": said.get("pid"), "version": said.get("version"), "since": said.get("since")},
         "waits_for": said.get("blocked") or None,
+        "outboxes_down": said.get("outboxes_down", []),
         "model": said.get("model") or None,
         "engines": said.get("engines", []),
         "counts": ledger.counts(),
@@ -103,6 +104,7 @@ def render(shown: dict[str, Any]) -> str:
     lines = [_daemon_line(daemon, shown["at"])]
     if shown["waits_for"]:
         lines.append(f"waits      {shown['waits_for']}")
+    lines += [f"waits      {reason}" for reason in shown["outboxes_down"]]
     lines.append("files      " + "  ".join(f"{name} {number}" for name, number in counts.items() if number) or "files      none yet")
     for job in shown["running"]:
         lines.append("running    " + _running_line(job))

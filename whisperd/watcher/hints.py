@@ -76,9 +76,9 @@ class Hints(FileSystemEventHandler):
         if identity != self._watched:
             self._short, self._deaf = 0, False
         self.stop()
-        self._watched, self._native = identity, native
         if native:
             self._start()
+        self._watched, self._native = identity, native
 
     def stop(self) -> None:
         """End the observer, if there is one."""
@@ -111,18 +111,14 @@ class Hints(FileSystemEventHandler):
         return not self._lost and len(threads) > 1 and all(thread.is_alive() for thread in threads)
 
     def _start(self) -> None:
-        observer = None
         try:
-            observer = InotifyObserver()
+            self._observer = InotifyObserver()
             # The real path, since watchdog does not follow a symbolic link, not even the one that the operator named.
-            observer.schedule(self, os.fsdecode(os.path.realpath(self._root)), recursive=self._recursive, event_filter=HEARD)
-            observer.start()
+            self._observer.schedule(self, os.fsdecode(os.path.realpath(self._root)), recursive=self._recursive, event_filter=HEARD)
+            self._observer.start()
         except OSError as error:
             self._warn(error.strerror or str(error))
-            if observer is not None:
-                _end(observer)
-            return
-        self._observer = observer
+            self.stop()
 
     def _warn(self, why: str) -> None:
         logger.warning(
