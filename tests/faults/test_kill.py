@@ -34,7 +34,8 @@ class Installation:
         self.inbox.mkdir(parents=True)
         self.config = home / "whisperd.toml"
         self.config.write_text(
-            f'state_dir = "{home}/state"\ncache_dir = "{home}/cache"\n[engine]\nmodel = "demo"\n[transcription]\nlanguage = "en"\ntemperatures = [0.0]\n'
+            f'state_dir = "{home}/state"\ncache_dir = "{home}/cache"\n[engine]\nmodel = "demo"\n'
+            '[transcription]\nlanguage = "en"\ntemperatures = [0.0]\n'
             f"[dispatcher]\nworkers = 2\n[watcher]\nquiet_s = 0.3\n"
             f'[outbox]\nformats = ["txt", "srt", "vtt", "tsv", "json"]\n[[inbox]]\npath = "{self.inbox}"\n'
         )
