@@ -23,7 +23,7 @@ def test_one_door_for_each_dependency() -> None:
         "sdnotify": {"daemon.py"},
         "apscheduler": {"health/health.py"},
         "watchdog": {"watcher/hints.py"},
-        "faster_whisper": {"engine/model.py", "engine/speech.py"},
+        "faster_whisper": {"engine/model.py", "engine/speech.py", "engine/transcript.py"},
         "av": {"engine/audio.py"},
         "sqlite_utils": {"ledger/ledger.py", "ledger/queries.py", "ledger/connection.py", "ledger/migrations.py"},
         "pydantic_settings": {"config.py"},

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from faster_whisper.audio import pad_or_trim
+from faster_whisper.tokenizer import Tokenizer
+from faster_whisper.transcribe import TranscriptionOptions, get_suppressed_tokens
+
 from whisperd.engine.speech import WindowAudio
 from whisperd.vocabulary import JobOptions, Segment, Word
 
@@ -21,24 +25,19 @@ class Language(NamedTuple):
 
 
 class WindowDecoding:
-    """Segments of one window, lazily: iterate, then read `language`."""
+    """Segments of one window, lazily: iterate, then read `language`.
+
+    The window is encoded once: the language is read off the same encoder output that is decoded afterwards (faster-whisper's own
+    `transcribe` encodes it a second time). Raises ValueError for a language the model does not know.
+    """
 
     def __init__(self, whisper: Any, audio: WindowAudio, options: JobOptions, known: Language | None) -> None:
-        given = options.language if options.language != "auto" else None
         self._audio = audio
-        self._segments, info = whisper.transcribe(
-            audio.samples,
-            language=known.code if known else given,
-            task=options.task,
-            beam_size=options.beam_size,
-            temperature=list(options.temperatures),
-            initial_prompt=options.initial_prompt or None,
-            hotwords=options.hotwords or None,
-            word_timestamps=options.word_timestamps,
-            condition_on_previous_text=False,
-            vad_filter=False,
-        )
-        self.language = known or Language(str(info.language), round(float(info.language_probability), 4))
+        features = whisper.feature_extractor(audio.samples)
+        encoded = whisper.encode(pad_or_trim(features[:, : min(features.shape[1] - 1, whisper.feature_extractor.nb_max_frames)]))
+        self.language = known or _language(whisper, encoded, options.language)
+        tokenizer = Tokenizer(whisper.hf_tokenizer, whisper.model.is_multilingual, task=options.task, language=self.language.code)
+        self._segments = whisper.generate_segments(features, tokenizer, _decoding_options(tokenizer, options), False, encoded)
 
     def __iter__(self) -> Iterator[Segment]:
         for raw in self._segments:
@@ -69,3 +68,44 @@ class WindowDecoding:
     def _place(self, in_window_s: float) -> float:
         """Seconds in the recording, to the millisecond, never past the window."""
         return round(min(self._audio.start_s + float(in_window_s), self._audio.end_s), 3)
+
+
+def _language(whisper: Any, encoded: Any, wanted: str) -> Language:
+    if not whisper.model.is_multilingual:
+        return Language("en", 1.0)
+    if wanted != "auto":
+        return Language(wanted, 1.0)
+    token, probability = whisper.model.detect_language(encoded)[0][0]
+    return Language(token[2:-2], round(float(probability), 4))
+
+
+def _decoding_options(tokenizer: Tokenizer, options: JobOptions) -> TranscriptionOptions:
+    """faster-whisper's own defaults, but for what a job may choose and for previous text, which would make windows depend on each other."""
+    return TranscriptionOptions(
+        beam_size=options.beam_size,
+        best_of=5,
+        patience=1,
+        length_penalty=1,
+        repetition_penalty=1,
+        no_repeat_ngram_size=0,
+        log_prob_threshold=-1.0,
+        no_speech_threshold=0.6,
+        compression_ratio_threshold=2.4,
+        condition_on_previous_text=False,
+        prompt_reset_on_temperature=0.5,
+        temperatures=list(options.temperatures),
+        initial_prompt=options.initial_prompt or None,
+        prefix=None,
+        suppress_blank=True,
+        suppress_tokens=get_suppressed_tokens(tokenizer, (-1,)),
+        without_timestamps=False,
+        max_initial_timestamp=1.0,
+        word_timestamps=options.word_timestamps,
+        prepend_punctuations="\"'“¿([{-",
+        append_punctuations="\"'.。,，!！?？:：”)]}、",
+        multilingual=False,
+        max_new_tokens=None,
+        clip_timestamps="0",
+        hallucination_silence_threshold=None,
+        hotwords=options.hotwords or None,
+    )
