@@ -2,7 +2,9 @@
 
 Owns: the one loguru set-up. Under systemd every record goes to journald by its native protocol with structured fields
 (`WHISPERD_JOB`, `WHISPERD_INBOX`, `WHISPERD_EVENT`), so that `journalctl WHISPERD_JOB=42` is one file's life.
+Tracebacks show code, never values (`diagnose`): those are what people said into their recordings.
 Fails softly: a journal that cannot be reached is replaced by stderr, since a daemon must not die of its log.
+A traceback shows where, not the values there: those may be secrets.
 """
 
 from __future__ import annotations
@@ -46,7 +48,11 @@ def journal_datagram(message: str, fields: dict[str, str]) -> bytes:
 class _Journal:
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.connect(JOURNAL_SOCKET)
+        try:
+            self._socket.connect(JOURNAL_SOCKET)
+        except OSError:
+            self._socket.close()
+            raise
 
     def __call__(self, message: Message) -> None:
         record = message.record
@@ -66,13 +72,16 @@ class _Journal:
 def to_journal_or_stderr(level: str) -> None:
     """Set up logging of the daemon and of the command line."""
     logger.remove()
-    if os.environ.get("JOURNAL_STREAM") and os.path.exists(JOURNAL_SOCKET):
-        logger.add(_Journal(), level=level, format="{message}")
-    else:
-        logger.add(sys.stderr, level=level, format=_FORMAT)
+    if os.environ.get("JOURNAL_STREAM"):
+        try:
+            logger.add(_Journal(), level=level, format="{message}", diagnose=False)
+            return
+        except OSError:  # no journal there after all: standard error is always somewhere
+            pass
+    logger.add(sys.stderr, level=level, format=_FORMAT, diagnose=False)
 
 
 def to_parent() -> None:
     """Set up logging of a child process: plain lines on stderr, which the daemon reads and puts into the journal."""
     logger.remove()
-    logger.add(sys.stderr, level="DEBUG", format=_CHILD_FORMAT, colorize=False, backtrace=False)
+    logger.add(sys.stderr, level="DEBUG", format=_CHILD_FORMAT, colorize=False, backtrace=False, diagnose=False)

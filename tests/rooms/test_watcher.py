@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import signal
 import threading
 import time
@@ -29,7 +31,7 @@ from whisperd.wire import (
     WatchInbox,
 )
 
-QUIET_S = 0.25
+QUIET_S = 0.15
 PATIENCE_S = 20.0
 
 
@@ -361,8 +363,9 @@ def test_lost_events_are_made_up_for(daemon: Daemon) -> None:
     daemon.until(lambda: daemon.count(Scanned))
     assert daemon.child is not None
     os.kill(daemon.child.pid, signal.SIGSTOP)
+    os.waitpid(daemon.child.pid, os.WUNTRACED)
     try:
-        for _ in range(queue // 2 + 10):  # created, deleted
+        for _ in range(queue // 2 + 1000):  # created, deleted
             os.mknod(daemon.inbox / "flood")
             os.unlink(daemon.inbox / "flood")
         (daemon.inbox / "folder").mkdir()
@@ -370,9 +373,9 @@ def test_lost_events_are_made_up_for(daemon: Daemon) -> None:
     finally:
         os.kill(daemon.child.pid, signal.SIGCONT)
     daemon.settled(b"folder/first.mp3")
-    said: list[str] = []
+    said = daemon.child.read_stderr()
     while not any("overflow" in line for line in said):
-        daemon.scanned()
+        assert select.select([daemon.child.stderr_fileno()], [], [], PATIENCE_S)[0], "it says nothing of lost events"
         said += daemon.child.read_stderr()
     (daemon.inbox / "folder/second.mp3").write_bytes(b"2")
     daemon.settled(b"folder/first.mp3", b"folder/second.mp3")
@@ -461,6 +464,28 @@ def test_a_scan_goes_as_deep_as_asked_and_no_deeper_than_is_sane(tmp_path: Path)
     found = scan(root, (), (), (), recursive=True)
     assert set(found.sightings) == {b"top.mp3", b"d/found.mp3"}
     assert len(found.skipped) == 1
+
+
+@pytest.mark.parametrize(("code", "complete"), [(errno.EACCES, True), (errno.EIO, False), (errno.ESTALE, False), (errno.ELOOP, True)])
+def test_a_directory_that_cannot_be_read_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, complete: bool
+) -> None:
+    """Forbidden: nothing is known of what lies in it. Any other error: nothing is known of what is missing. A link is not entered."""
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "talk.mp3").touch()
+    real = os.open
+
+    def failing(path: bytes, flags: int, *, dir_fd: int | None = None) -> int:
+        if path == b"bad":
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", failing)
+    found = scan(os.fsencode(tmp_path), (), (), (), recursive=True)
+    assert set(found.sightings) == {b"talk.mp3"}
+    assert found.complete == complete
+    assert found.knows_absent(b"bad/talk.mp3") == (code == errno.ELOOP)
+    assert found.knows_absent(b"badly.mp3") == complete
 
 
 def test_hints_are_rebuilt_when_they_lost_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

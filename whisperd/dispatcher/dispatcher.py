@@ -399,8 +399,12 @@ class Dispatcher:
     # --- draining (`run --once`) ---
 
     def drained(self) -> bool:
-        """Whether every inbox was looked through and every file in it has its transcript or its error file."""
-        return self.intake.settled() and self.delivery.idle() and not any(self._ledger.open_work().values())
+        """Whether every inbox was looked through and every file in it has its transcript or its error file.
+
+        What is only `seen` is the watchers' to say: a row of a share that is not mounted any more stays seen, and nobody waits for it.
+        """
+        work = self._ledger.open_work()
+        return self.intake.settled() and self.delivery.idle() and not (work["ready"] or work["running"] or work["unpublished"])
 
     def hopeless(self) -> str:
         """Why a one-time run can never be drained without somebody's help; "" while it can."""

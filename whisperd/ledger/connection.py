@@ -27,7 +27,7 @@ LEDGER_NAME = "ledger.sqlite3"
 LOCK_NAME = "ledger.lock"
 LOCK_WAIT_S = 30.0
 NETWORK_FILESYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "9p", "ceph", "glusterfs", "lustre", "davfs", "fuse"}
+    "nfs nfs4 cifs smb3 smbfs afs ncpfs 9p ceph glusterfs lustre davfs fuse virtiofs vboxsf prl_fs beegfs gpfs orangefs ocfs2 gfs2 coda".split()
 )
 
 

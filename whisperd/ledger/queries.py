@@ -131,7 +131,7 @@ class Queries:
         """When all that is open waits for something that is not a file: what that is. "" otherwise."""
         work = self.open_work()
         rows = list(self.db.table("job").rows_where("state = 'ready'", select="failure_kind, failure_what", limit=1000))
-        if not rows or work["seen"] or work["running"] or work["unpublished"] or any(row["failure_kind"] != "waiting" for row in rows):
+        if not rows or work["running"] or work["unpublished"] or any(row["failure_kind"] != "waiting" for row in rows):
             return ""
         return str(rows[0]["failure_what"])
 
