@@ -26,9 +26,9 @@ from whisperd.ledger.migrations import MIGRATIONS
 LEDGER_NAME = "ledger.sqlite3"
 LOCK_NAME = "ledger.lock"
 LOCK_WAIT_S = 30.0
-NETWORK_FILESYSTEMS = frozenset(
-    "nfs nfs4 cifs smb3 smbfs afs ncpfs 9p ceph glusterfs lustre davfs fuse virtiofs vboxsf prl_fs beegfs gpfs orangefs ocfs2 gfs2 coda".split()
-)
+_OF_OTHER_MACHINES = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "9p", "davfs", "fuse", "virtiofs", "vboxsf", "prl_fs", "coda")
+_OF_CLUSTERS = ("ceph", "glusterfs", "lustre", "beegfs", "gpfs", "orangefs", "ocfs2", "gfs2")
+NETWORK_FILESYSTEMS = frozenset(_OF_OTHER_MACHINES + _OF_CLUSTERS)
 
 
 class LedgerBroken(WhisperdError):
