@@ -2,7 +2,6 @@
 
 Owns: the one loguru set-up. Under systemd every record goes to journald by its native protocol with structured fields
 (`WHISPERD_JOB`, `WHISPERD_INBOX`, `WHISPERD_EVENT`), so that `journalctl WHISPERD_JOB=42` is one file's life.
-Tracebacks show code, never values (`diagnose`): those are what people said into their recordings.
 Fails softly: a journal that cannot be reached is replaced by stderr, since a daemon must not die of its log.
 A traceback shows where, not the values there: those may be secrets.
 """
