@@ -157,7 +157,8 @@ class Daemon:
         if self._stop_began is not None:
             return
         self._stop_began = time.monotonic()
-        self._notifier.notify("STOPPING=1\nSTATUS=stopping: " + why)
+        longest_s = self._settings.dispatcher.stop_grace_s + ENGINES_TERM_S + DELIVERY_S + CHILDREN_S + 5
+        self._notifier.notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int(longest_s * 1e6)}\nSTATUS=stopping: {why}")
         logger.bind(event="stopping").info(f"stopping ({why})")
         self._dispatcher.stop()
         self._await_engines()
@@ -221,7 +222,8 @@ class Daemon:
             self._dispatcher.apply(settings)
             self._health.apply(settings)
             logger.bind(event="reloaded").info("settings reloaded")
-        self._notifier.notify("READY=1")
+        if self._ready:
+            self._notifier.notify("READY=1")
 
     # --- what health asks for ---
 

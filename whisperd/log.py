@@ -68,10 +68,16 @@ class _Journal:
             sys.stderr.write(f"cannot reach the journal ({error}): {text}\n")
 
 
+def stderr_is_the_journal() -> bool:
+    """Whether systemd connected our standard error to the journal; a shell in a desktop session inherits only the variable."""
+    stream = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+
+
 def to_journal_or_stderr(level: str) -> None:
     """Set up logging of the daemon and of the command line."""
     logger.remove()
-    if os.environ.get("JOURNAL_STREAM"):
+    if stderr_is_the_journal():
         try:
             logger.add(_Journal(), level=level, format="{message}", diagnose=False)
             return

@@ -14,6 +14,7 @@ from whisperd import __version__
 from whisperd.cli import config, demo, jobs, retry, run, show, status
 from whisperd.config import DEFAULT_PATH
 from whisperd.errors import ConfigError, WhisperdError
+from whisperd.log import stderr_is_the_journal
 
 VERBS = (demo, run, status, jobs, show, retry, config)
 
@@ -41,13 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(args.act(args))
     except ConfigError as error:
-        print(f"whisperd: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except WhisperdError as error:
-        print(f"whisperd: {error}", file=sys.stderr)
+        complain(error)
         return 3
     except BrokenPipeError:  # `whisperd jobs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:
         return 130
+
+
+def complain(error: WhisperdError) -> None:
+    """An error on standard error; in the journal every line of it has priority "err" (sd-daemon(3))."""
+    priority = "<3>" if stderr_is_the_journal() else ""
+    print("\n".join(priority + line for line in f"whisperd: {error}".splitlines()), file=sys.stderr)
