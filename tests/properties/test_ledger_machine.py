@@ -827,6 +827,7 @@ class LedgerMachine(RuleBasedStateMachine):
         end_world(self.world)
 
 
+@pytest.mark.timeout(900)  # three seconds when all is well; shrinking a failure takes minutes
 def test_ledger_machine(template: str) -> None:
     """The same claim with hypothesis choosing (and, on failure, shrinking) every step; the whole store is compared after each."""
     from hypothesis.stateful import run_state_machine_as_test
