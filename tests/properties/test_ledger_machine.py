@@ -103,6 +103,11 @@ def identity(sighting: Sighting) -> Row:
     return {"dev": sighting.dev, "inode": inode, "size": sighting.size, "mtime_ns": sighting.mtime_ns, "ctime_ns": sighting.ctime_ns}
 
 
+def known(duration_s: float | None) -> Row:
+    """An unknown duration does not wipe a known one."""
+    return {} if duration_s is None else {"duration_s": duration_s}
+
+
 def failing(failure: Failure, tail: str) -> Row:
     return {
         "failure_kind": failure.kind.value,
@@ -215,18 +220,18 @@ class Book:
     def claim(self, job: int, child: str, now: float, *, lease_s: float) -> None:
         attempts = self._require(job)["attempts"] + 1
         lease = {"lease_child": child, "lease_epoch": self.epoch, "lease_until": now + lease_s}
-        self._move("claim", job, now, note=child, started_at=now, attempts=attempts, **lease)
+        self._move("claim", job, now, note=child, started_at=now, attempts=attempts, **lease, **NO_FAILURE)
 
     @whole
     def checkpoint(self, job: int, child: str, window: Window, now: float, *, lease_s: float, duration_s: float | None) -> None:
-        kept = {"lease_until": now + lease_s, "position_s": window.end_s, "duration_s": duration_s}
+        kept = {"lease_until": now + lease_s, "position_s": window.end_s, **known(duration_s)}
         self._move("checkpoint", job, now, child=child, interruptions=0, **kept)  # it got on: earlier deaths are forgotten
         if window.index < 0:
             raise Refused("illegal_move")
         self.windows.setdefault((job, window.index), (window.end_s, json(window)))
 
     def progress(self, job: int, child: str, position_s: float, duration_s: float | None, now: float, *, lease_s: float) -> None:
-        self._move("progress", job, now, child=child, lease_until=now + lease_s, position_s=position_s, duration_s=duration_s)
+        self._move("progress", job, now, child=child, lease_until=now + lease_s, position_s=position_s, **known(duration_s))
 
     def release(self, job: int, child: str, failure: Failure, now: float, *, not_before: float, tail: str) -> None:
         self._move("release", job, now, child=child, note=failure.what, not_before=not_before, **NO_LEASE, **failing(failure, tail))

@@ -92,10 +92,10 @@ class Delivery:
 
     def tick(self, now: float) -> None:
         for writer in self.writers.values():
-            writer.keeper.tick(now)
-            if writer.keeper.child is None:
+            if writer.keeper.child is None:  # before another takes its place, which knows nothing of what this one had in hand
                 writer.in_flight.clear()
-            elif writer.in_flight and now - min(writer.in_flight.values()) > ANSWER_S:
+            writer.keeper.tick(now)
+            if writer.in_flight and now - min(writer.in_flight.values()) > ANSWER_S:
                 writer.keeper.kill(f"the share of {printable(writer.path)} does not answer")
                 writer.down = writer.keeper.down
                 writer.in_flight.clear()

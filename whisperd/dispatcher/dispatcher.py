@@ -226,17 +226,25 @@ class Dispatcher:
         engine = self.pool.of_job(job)
         if engine is None or engine.sent:
             return
-        now, child = time.time(), engine.child.name
-        inbox = self._ledger.job(job)["inbox_id"]
+        try:
+            self._not_started(job, engine.child.name, reason, what)
+        except (LeaseLost, IllegalMove) as error:  # cancelled or replaced meanwhile
+            logger.bind(job=job).info(f"job {job}: {error}")
+        self.pool.release(engine, time.monotonic())
+
+    def _not_started(self, job: int, child: str, reason: str, what: str) -> None:
+        """What a source that cannot be opened means for its job. Raises LeaseLost, IllegalMove."""
+        now = time.time()
         match reason:
             case "gone" | "changed":
                 self._ledger.vanish(job, now, note=what)
-                self.intake.scan_now(inbox)
+                self.intake.scan_now(self._ledger.job(job)["inbox_id"])
+            case "unanswered":  # its watcher died, and another is on its way: the job is claimed again when that one is ready
+                self._ledger.interrupt(job, child, what, now)
             case _:
                 failure = Failure(kind=FailureKind.WAITING, code=f"source_{reason}", what=what)
                 self._ledger.wait(job, child, failure, now, not_before=now + retry.WAITING_PAUSE_S)
         logger.bind(job=job, event=reason).info(f"job {job} not started: {what}")
-        self.pool.release(engine, time.monotonic())
 
     # --- the engine ---
 

@@ -101,14 +101,14 @@ class Intake:
 
     def tick(self, now: float) -> None:
         for inbox in self.inboxes.values():
+            self._judge_silence(inbox, now)  # before another watcher takes its place, which knows nothing of what this one was asked
             inbox.keeper.tick(now)
-            self._judge_silence(inbox, now)
 
     def _judge_silence(self, inbox: Inbox, now: float) -> None:
         """Opening a file takes no time; a watcher that cannot is stuck on its share."""
         if inbox.keeper.child is None:
             for job in list(inbox.opening):
-                self._lost(inbox, job, "down", f"the watcher of {inbox.settings.path} ended")
+                self._lost(inbox, job, "unanswered", f"the watcher of {inbox.settings.path} ended")
         elif inbox.opening and now - min(inbox.opening.values()) > ANSWER_S:
             inbox.keeper.kill(f"the share of {inbox.settings.path} does not answer")
             for job in list(inbox.opening):

@@ -80,14 +80,18 @@ class Nursery:
             child.kill(time.monotonic(), why)
 
     def _said(self, child: Child[Any]) -> None:
-        lines = child.read_stderr()
+        self._log_lines(child, child.read_stderr())
+        if child.stderr_ended:
+            self._loop.remove_reader(child.stderr_fileno())
+
+    def _log_lines(self, child: Child[Any], lines: list[str]) -> None:
         for line in lines:
             logger.bind(child=child.name).log(_level_of(line), f"{child.name}: {line}")
-        if not lines:
-            self._loop.remove_reader(child.stderr_fileno())
 
     def _ended(self, child: Child[Any], on_exit: OnExit) -> None:
         self._last_words(child)
+        while lines := child.read_stderr():
+            self._log_lines(child, lines)
         for descriptor in (child.channel.fileno(), child.stderr_fileno(), child.pidfd):
             self._loop.remove_reader(descriptor)
         self._loop.remove_writer(child.channel.fileno())

@@ -135,6 +135,8 @@ class Pool:
         if engine is None:
             return
         match frame.message:
+            case EngineReady() if engine.model:
+                child.kill(time.monotonic(), "it broke the protocol: ready twice")
             case EngineReady() as ready:
                 engine.model, engine.device, engine.compute_type = ready.model, ready.device, ready.compute_type
                 self.blocked, self._boot_failures = None, 0

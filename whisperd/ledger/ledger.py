@@ -212,6 +212,7 @@ class Ledger(Queries):
                 lease_until=now + lease_s,
                 started_at=now,
                 attempts=attempts + 1,
+                **_NO_FAILURE,
             )
 
     def checkpoint(self, job: int, child: str, window: Window, now: float, *, lease_s: float, duration_s: float | None = None) -> None:
@@ -224,8 +225,8 @@ class Ledger(Queries):
                 child=child,
                 lease_until=now + lease_s,
                 position_s=window.end_s,
-                duration_s=duration_s,
                 interruptions=0,
+                **_known(duration_s=duration_s),
             )
             self.db.conn.execute(
                 "INSERT INTO checkpoint (job_id, window_index, end_s, body) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
@@ -234,7 +235,7 @@ class Ledger(Queries):
 
     def progress(self, job: int, child: str, position_s: float, duration_s: float | None, now: float, *, lease_s: float) -> None:
         """The recording was read further."""
-        self._move("progress", job, now, child=child, lease_until=now + lease_s, position_s=position_s, duration_s=duration_s)
+        self._move("progress", job, now, child=child, lease_until=now + lease_s, position_s=position_s, **_known(duration_s=duration_s))
 
     def release(self, job: int, child: str, failure: Failure, now: float, *, not_before: float, tail: str = "") -> None:
         """running → ready: try again later; the attempt stays counted."""
@@ -456,6 +457,11 @@ class Ledger(Queries):
 
     def _forget_checkpoints(self, job: int) -> None:
         self.db.conn.execute("DELETE FROM checkpoint WHERE job_id = ?", [job])
+
+
+def _known(**columns: Any) -> dict[str, Any]:
+    """Only what is known: None would wipe what was."""
+    return {name: value for name, value in columns.items() if value is not None}
 
 
 _NO_LEASE: dict[str, Any] = {"lease_child": None, "lease_epoch": None, "lease_until": None}

@@ -130,7 +130,12 @@ class Queries:
     def only_waiting_work_left(self) -> str:
         """When all that is open waits for something that is not a file: what that is. "" otherwise."""
         work = self.open_work()
-        rows = list(self.db.table("job").rows_where("state = 'ready'", select="failure_kind, failure_what", limit=1000))
+        rows = list(
+            self.db.query(
+                "SELECT failure_kind, failure_what FROM job JOIN inbox ON inbox.id = inbox_id"
+                " WHERE job.state = 'ready' AND inbox.active = 1 LIMIT 1000"
+            )
+        )
         if not rows or work["running"] or work["unpublished"] or any(row["failure_kind"] != "waiting" for row in rows):
             return ""
         return str(rows[0]["failure_what"])
