@@ -74,10 +74,7 @@ def spoken_group(seed: int) -> list[tuple[Utterance, NDArray[np.int16]]]:
         waves, label = _through_one_codec(waves, source)
         for utterance in utterances:
             utterance.codec = label
-    return [
-        (utterance, (np.clip(wave, -1, 1) * 32767).astype(np.int16))
-        for utterance, wave in zip(utterances, waves, strict=True)
-    ]
+    return [(utterance, (np.clip(wave, -1, 1) * 32767).astype(np.int16)) for utterance, wave in zip(utterances, waves, strict=True)]
 
 
 def _groups(utterances: int, seed: int, processes: int) -> Iterator[list[tuple[Utterance, NDArray[np.int16]]]]:

@@ -130,9 +130,7 @@ def joined(parts: list[Item], seed: int) -> tuple[speech.Waveform, list[tuple[fl
 
 def whole(model: WhisperModel) -> Transcriber:
     def transcribe(wave: speech.Waveform) -> list[Heard]:
-        segments, _ = model.transcribe(
-            wave, language="en", beam_size=5, condition_on_previous_text=False, vad_filter=False
-        )
+        segments, _ = model.transcribe(wave, language="en", beam_size=5, condition_on_previous_text=False, vad_filter=False)
         return [Heard(segment.start, segment.end, segment.text.strip()) for segment in segments]
 
     return transcribe
@@ -193,12 +191,12 @@ def same(wave: speech.Waveform) -> speech.Waveform:
     return wave
 
 
-def main_voices(model: WhisperModel, report: Report, count: int, verbose: bool) -> None:
+def main_voices(model: WhisperModel, report: Report, count: int, seed: int, verbose: bool) -> None:
     """By accent and by variant, and how far the first and last time stamps are off."""
     transcribe, total = whole(model), Score()
     groups: dict[str, Score] = {}
     starts, ends = [], []
-    for part in items(count, 101, speech.main_voice):
+    for part in items(count, seed + 101, speech.main_voice):
         heard = transcribe(part.wave)
         text = " ".join(each.text for each in heard)
         accent, _, variant = part.voice.name.partition("+")
@@ -218,10 +216,10 @@ def main_voices(model: WhisperModel, report: Report, count: int, verbose: bool) 
     report.fact("end of the text off by, median s", round(statistics.median(ends), 3))
 
 
-def long_recordings(model: WhisperModel, report: Report, recordings: int) -> None:
+def long_recordings(model: WhisperModel, report: Report, recordings: int, first_seed: int) -> None:
     """Forty utterances with pauses, in windows of 30, 20 and 15 s; then with noise under all of it, and in codecs."""
     made = []
-    for seed in range(recordings):
+    for seed in range(first_seed, first_seed + recordings):
         parts = items(40, 200 + seed, speech.main_voice)
         wave, times = joined(parts, 300 + seed)
         made.append((wave, times, " ".join(part.text for part in parts)))
@@ -247,8 +245,8 @@ def long_recordings(model: WhisperModel, report: Report, recordings: int) -> Non
         report.line(f"long, windows of 30 s, {name}", score)
 
 
-def codecs(model: WhisperModel, report: Report, count: int) -> None:
-    parts, transcribe = items(count, 104, speech.main_voice), whole(model)
+def codecs(model: WhisperModel, report: Report, count: int, seed: int) -> None:
+    parts, transcribe = items(count, seed + 104, speech.main_voice), whole(model)
     report.line("through nothing", score_of(parts, transcribe, same))
     report.line("through opus 16 kb/s", score_of(parts, transcribe, lambda w: speech.through_codec(w, "opus", 16)))
     report.line("through mp3 24 kb/s", score_of(parts, transcribe, lambda w: speech.through_codec(w, "mp3", 24)))
@@ -273,16 +271,19 @@ def nothing_said(model: WhisperModel, report: Report) -> None:
         report.fact(f"segments in {name}", len(whole(model)(wave)))
 
 
-def measure(model: WhisperModel, report: Report, scale: float, verbose: bool) -> None:
+def measure(model: WhisperModel, report: Report, scale: float, seed: int, verbose: bool) -> None:
     def count(full: int) -> int:
         return max(10, round(full * scale))
 
-    main_voices(model, report, count(500), verbose)
-    others = items(count(100), 102, speech.other_voice), items(count(100), 103, speech.unheard_voice)
+    main_voices(model, report, count(500), seed, verbose)
+    others = (
+        items(count(100), seed + 102, speech.other_voice),
+        items(count(100), seed + 103, speech.unheard_voice),
+    )
     report.line("other accents and variants, rare in training", score_of(others[0], whole(model), same))
     report.line("variants never trained on", score_of(others[1], whole(model), same))
-    codecs(model, report, count(100))
-    long_recordings(model, report, max(1, round(3 * scale)))
+    codecs(model, report, count(100), seed)
+    long_recordings(model, report, max(1, round(3 * scale)), seed)
     nothing_said(model, report)
 
 
@@ -291,6 +292,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="a tenth of the utterances, one long recording")
     parser.add_argument("--verbose", action="store_true", help="show each wrong utterance of the main voices")
+    parser.add_argument("--seed", type=int, default=0, help="another number draws other sentences, voices and noises")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     arguments = parser.parse_args()
@@ -298,7 +300,7 @@ def main() -> None:
     report, began = Report(), time.monotonic()
     size = sum(path.stat().st_size for path in arguments.model.glob("*.*") if path.suffix in (".bin", ".json"))
     report.fact("size, MB", round(size / 1e6, 2))
-    measure(model, report, 0.1 if arguments.quick else 1.0, arguments.verbose)
+    measure(model, report, 0.1 if arguments.quick else 1.0, arguments.seed, arguments.verbose)
     report.fact("measured in, s", round(time.monotonic() - began))
     if arguments.json:
         arguments.json.write_text(json.dumps(report.figures, indent=1) + "\n")

@@ -170,6 +170,11 @@ def in_held_out_share(text: str) -> bool:
     return len(text.split()) > 3 and int(checksum(text), 16) % _HELD_OUT_SHARE == 0
 
 
+def is_held_out(text: str) -> bool:
+    """Neither these scripts nor those of the first model ever trained on it."""
+    return in_held_out_share(text) and checksum(text) not in _parent_sentences()
+
+
 def training_sentence(source: random.Random) -> str:
     while in_held_out_share(text := sentence(source)):
         pass
@@ -181,6 +186,6 @@ def held_out_sentence(source: random.Random, draw: Callable[[random.Random], str
     text = draw(source)
     if len(text.split()) <= 3:
         return text
-    while not in_held_out_share(text) or checksum(text) in _parent_sentences():
+    while not is_held_out(text):
         text = draw(source)
     return text

@@ -5,7 +5,7 @@
 
 Owns ``checkpoint.pt`` in the output directory: it is replaced every few minutes and holds the averaged weights that
 export.py takes. Started again with the same arguments, a run goes on from it (``--out`` decides which run it is).
-From scratch the first half of the time goes to short windows, then 6 to 16 s, then 30 s; from an export it goes
+From scratch the first two fifths of the time goes to short windows, then 8 to 20 s, then 30 s; from an export it goes
 straight to long windows. SIGTERM or Ctrl-C ends it with a last checkpoint.
 """
 
@@ -84,9 +84,7 @@ class Average:
 def letter_loss(logits: Tensor, batch: Batch) -> Tensor:
     odds = functional.log_softmax(logits.float(), -1).transpose(0, 1)
     lengths = torch.full((odds.shape[1],), odds.shape[0])
-    loss = functional.ctc_loss(
-        odds, batch.letters, lengths, batch.letter_counts, blank=BLANK, reduction="none", zero_infinity=True
-    )
+    loss = functional.ctc_loss(odds, batch.letters, lengths, batch.letter_counts, blank=BLANK, reduction="none", zero_infinity=True)
     return (loss / batch.letter_counts.clamp(min=1)).mean()
 
 
