@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import resource
 import sys
 from collections import deque
+from collections.abc import Iterable
 
 from loguru import logger
 
@@ -56,12 +57,13 @@ class Interrupted(Exception):
 class Engine:
     """The loop of one engine process."""
 
-    def __init__(self, channel: Channel[EngineIn], request: LoadModel) -> None:
+    def __init__(self, channel: Channel[EngineIn], request: LoadModel, frames: Iterable[Frame[EngineIn]] = ()) -> None:
         self._channel = channel
         self._loaded = model.load(request)
         self._caps = Caps(request.duration_max_s, request.channels_max, request.rate_max_hz)
-        self._inbox: deque[Frame[EngineIn]] = deque()
+        self._inbox: deque[Frame[EngineIn]] = deque(frames)
         self._stopping = False
+        self._told_s = 0.0  # position of the job in hand that was told last
 
     def serve(self) -> None:
         loaded = self._loaded
@@ -82,47 +84,45 @@ class Engine:
                     pass
 
     def _run(self, job: Transcribe, descriptor: int) -> None:
+        before = content_of(descriptor)
+        answer: Finished | Abandoned | JobFailed
         try:
-            self._channel.send_all(Finished(job=job.job, summary=self._transcribe(job, descriptor)))
+            answer = Finished(job=job.job, summary=self._transcribe(job, descriptor))
         except Interrupted:
-            self._channel.send_all(Abandoned(job=job.job))
+            answer = Abandoned(job=job.job)
         except WireClosed:
             raise
         except Exception as error:  # noqa: BLE001 - the model and the codecs raise anything; the daemon decides what it means
-            self._channel.send_all(JobFailed(job=job.job, failure=failure_of(error)))
-        finally:
-            os.close(descriptor)
+            answer = JobFailed(job=job.job, failure=failure_of(error))
+        if not isinstance(answer, Abandoned) and content_of(descriptor) != before:  # good or bad, it is about no file that ever was
+            changed = SourceChanged("the file changed while it was read", hint="it will be taken again once it is settled")
+            answer = JobFailed(job=job.job, failure=failure_of(changed))
+        os.close(descriptor)
+        self._channel.send_all(answer)
 
     def _transcribe(self, job: Transcribe, descriptor: int) -> Summary:
-        before = os.fstat(descriptor)
         options = job.options
         recording = Recording(descriptor, self._caps)
         speech = SpeechStream(threshold=options.vad_threshold, min_silence_s=options.vad_min_silence_s, window_s=options.window_s)
         language = Language(job.language, job.language_probability) if job.language else None
         windows = 0
-        told_s = job.position_s
+        self._told_s = job.position_s
         try:
             for block in recording.blocks():
                 for audio in speech.feed(block):
                     language = self._window(job, audio, language, recording.declared_s)
                     windows += 1
-                if recording.duration_s - told_s >= PROGRESS_EVERY_S:
-                    told_s = recording.duration_s
-                    self._progress(job, told_s, recording.declared_s)
+                self._progress(job, recording.duration_s, recording.declared_s, step_s=PROGRESS_EVERY_S)
             for audio in speech.end():
                 language = self._window(job, audio, language, recording.declared_s)
                 windows += 1
         finally:
             recording.close()
-        digest = sha256_of(descriptor)
-        after = os.fstat(descriptor)
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise SourceChanged("the file changed while it was read", hint="it will be taken again once it is settled")
         return Summary(
             duration_s=round(recording.duration_s, 3),
             speech_s=round(speech.speech_s, 3),
             windows=windows,
-            source_sha256=digest,
+            source_sha256=sha256_of(descriptor),
             container=recording.container_name,
             codec=recording.codec_name,
             model=self._loaded.name,
@@ -153,21 +153,19 @@ class Engine:
         self._obey(job.job)
         return decoding.language
 
-    def _progress(self, job: Transcribe, position_s: float, declared_s: float | None) -> None:
-        self._channel.send_all(Progress(job=job.job, position_s=round(position_s, 3), duration_s=declared_s))
+    def _progress(self, job: Transcribe, position_s: float, declared_s: float | None, *, step_s: float = 0.0) -> None:
+        """Tell how far the recording was read, if that is news, and see what the daemon wants."""
+        if position_s > self._told_s + step_s:
+            self._told_s = position_s
+            self._channel.send_all(Progress(job=job.job, position_s=round(position_s, 3), duration_s=declared_s))
         self._obey(job.job)
 
     def _obey(self, job: int) -> None:
         """Look at the wire; raise Interrupted when this job is not wanted any more."""
-        for frame in self._channel.wait(0):
-            match frame.message:
-                case Stop():
-                    self._stopping = True
-                case Abandon(job=unwanted) if unwanted == job:
-                    raise Interrupted
-                case _:
-                    self._inbox.append(frame)
-        if self._stopping:
+        self._inbox.extend(self._channel.wait(0))
+        waiting = [frame.message for frame in self._inbox]
+        self._stopping = self._stopping or Stop() in waiting
+        if self._stopping or Abandon(job=job) in waiting:
             raise Interrupted
 
 
@@ -178,6 +176,12 @@ class SourceChanged(WhisperdError):
     recoverable = True
 
 
+def content_of(descriptor: int) -> tuple[int, int]:
+    """What tells one content of a file from another."""
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
+
+
 def failure_of(error: Exception) -> Failure:
     """What an exception means for the job. Ours carry their own code; memory and the unknown may pass."""
     match error:
@@ -185,10 +189,15 @@ def failure_of(error: Exception) -> Failure:
             return Failure(kind=FailureKind.PERMANENT, code=error.code, what=error.what, hint=error.hint)
         case WhisperdError():
             return Failure(kind=FailureKind.TRANSIENT, code=error.code, what=error.what, hint=error.hint)
-        case MemoryError():
-            return _out_of_memory("the engine ran out of memory")
-        case RuntimeError() if "out of memory" in str(error).lower():
-            return _out_of_memory(str(error))
+        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            return _out_of_memory(str(error) or "the engine ran out of memory")
+        case OSError(strerror=why):
+            return Failure(
+                kind=FailureKind.TRANSIENT,
+                code="source_unreadable",
+                what=f"the file cannot be read: {why or type(error).__name__}",
+                hint="is the share or the disk that holds it all right? See the kernel log",
+            )
         case ValueError() if "language" in str(error).lower():
             return Failure(kind=FailureKind.PERMANENT, code="language_unknown", what=str(error), hint="correct the language setting")
         case _:
@@ -213,11 +222,11 @@ def main() -> int:
     limit_resources()
     channel: Channel[EngineIn] = join_daemon(EngineIn)
     try:
-        request = first_request(channel)
-        if request is None:
+        frames = first_frames(channel)
+        if frames is None:
             return 0
         try:
-            engine = Engine(channel, request)
+            engine = Engine(channel, *frames)
         except (ModelAbsent, ModelUnusable) as error:
             channel.send_all(BootFailed(failure=Failure(kind=FailureKind.WAITING, code=error.code, what=error.what, hint=error.hint)))
             return 3
@@ -227,14 +236,15 @@ def main() -> int:
     return 0
 
 
-def first_request(channel: Channel[EngineIn]) -> LoadModel | None:
-    """What to load; None when told to stop before that."""
+def first_frames(channel: Channel[EngineIn]) -> tuple[LoadModel, list[Frame[EngineIn]]] | None:
+    """What to load, and what came together with that; None when told to stop."""
     while True:
-        for frame in channel.wait(None):
+        frames = channel.wait(None)
+        if any(isinstance(frame.message, Stop) for frame in frames):
+            return None
+        for number, frame in enumerate(frames):
             if isinstance(frame.message, LoadModel):
-                return frame.message
-            if isinstance(frame.message, Stop):
-                return None
+                return frame.message, frames[number + 1 :]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import errno
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -29,10 +30,14 @@ RATE_HZ = 16_000
 BLOCK_SAMPLES = RATE_HZ * 2
 LOSS_MAX_S = 1.0
 LOSS_MAX_SHARE = 0.03
+LOSS_MAX_BYTES = 65_536  # where a container tells its size to the byte; some writers count their own header wrong
 BAD_PACKETS_MAX_SHARE = 0.05
 GUESSED_LENGTH = ("mp3", "aac", "ac3", "eac3", "amr", "amrnb", "amrwb")
 """Bare streams: FFmpeg guesses their length from the size and the first moments' bit rate, unless an MP3 has a header that tells it."""
 MP3_HEADERS = (b"Xing", b"Info", b"VBRI")
+W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
+ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 DEMUXERS = (
     "wav,w64,aiff,caf,au,voc,mp3,aac,flac,ogg,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,asf,avi,flv,mpeg,mpegts,amr,amrnb,amrwb,"
@@ -68,9 +73,9 @@ class Recording:
         if os.fstat(descriptor).st_size == 0:
             raise MediaRefused("the file is empty (0 bytes)", hint="copy the recording again")
         self._caps = caps
-        self._file = open(descriptor, "rb", buffering=0, closefd=False)  # noqa: SIM115 - lives as long as the recording, see close()
+        self._file = Source(descriptor, "rb", closefd=False)
         self._file.seek(0)
-        check_riff_size(descriptor)
+        check_promised_size(descriptor)
         self._container = self._open()
         self._stream = self._choose_stream()
         self.container_name = str(self._container.format.name)
@@ -91,11 +96,14 @@ class Recording:
         """Blocks of float32 samples in -1..1, 16 kHz, mono, about 2 s each. Raises MediaDamaged, MediaRefused."""
         mono = Mono()
         pending: list[NDArray[np.int16]] = []
+        held = 0
         for frame in self._frames():
-            pending += mono.feed(frame)
-            if sum(map(len, pending)) >= BLOCK_SAMPLES:
+            pieces = mono.feed(frame)
+            pending += pieces
+            held += sum(map(len, pieces))
+            if held >= BLOCK_SAMPLES:
                 yield self._block(pending)
-                pending = []
+                pending, held = [], 0
         pending += mono.end()
         if pending:
             yield self._block(pending)
@@ -167,7 +175,7 @@ class Recording:
     def _frames(self) -> Iterator[Any]:
         """Decoded frames of the chosen stream. All streams are demuxed, to know where the container really ends."""
         try:
-            for packet in self._container.demux():
+            for packet in self._demuxed():
                 self._note_end(packet)
                 if packet.stream_index == self._stream.index:
                     yield from self._decode(packet)
@@ -175,6 +183,12 @@ class Recording:
             raise MediaDamaged(
                 f"the recording cannot be read past {self.duration_s:.1f} s ({_reason(error)})", hint="copy the recording again"
             ) from error
+
+    def _demuxed(self) -> Iterator[Any]:
+        try:
+            yield from self._container.demux()
+        except IndexError:  # PyAV cannot flush a stream that appeared midway; ours was there before, and is flushed already
+            return
 
     def _decode(self, packet: Any) -> Iterator[Any]:
         whole = bool(packet.size)  # the last one only asks the decoder for what it still holds
@@ -213,6 +227,16 @@ class Recording:
             )
 
 
+class Source(io.FileIO):
+    """The file under a demuxer, which a spoilt header may send to places that no file has: to that the answer is no, not an exception."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return super().seek(offset, whence)
+        except OSError as error:
+            return -(error.errno or errno.EINVAL)
+
+
 class Mono:
     """Decoded frames in, 16 kHz mono samples out. Rate and channels may change midway: joined files and broadcasts do that."""
 
@@ -240,22 +264,38 @@ class Mono:
             raise MediaDamaged(f"the sound cannot be converted ({_reason(error)})", hint="convert it to WAV, FLAC or MP3") from error
 
 
-def check_riff_size(descriptor: int) -> None:
-    """A WAV says in its first bytes how long it is; FFmpeg believes the file's size instead. Raises MediaDamaged when cut off.
-
-    Who writes a WAV into a pipe cannot know its length: 0, 2 GiB (arecord, sox) or 4 GiB (FFmpeg), less a little, say nothing.
-    """
-    head = os.pread(descriptor, 12, 0)
-    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
-        return
-    promised = int.from_bytes(head[4:8], "little") + 8
+def check_promised_size(descriptor: int) -> None:
+    """Some containers say in their first bytes how large they are; FFmpeg believes the file instead. Raises MediaDamaged when cut off."""
+    promised = promised_bytes(os.pread(descriptor, 4096, 0))
     there = os.fstat(descriptor).st_size
-    unknown = promised <= 8 or abs(promised - (1 << 31)) <= 8192 or promised >= (1 << 32) - 8192
-    if not unknown and promised - there > max(4096, LOSS_MAX_SHARE * promised):
+    if promised is not None and promised - there > min(max(4096, LOSS_MAX_SHARE * promised), LOSS_MAX_BYTES):
         raise MediaDamaged(
             f"the recording is cut off: {there} of the {promised} bytes it promises are there",
             hint="the copy was probably interrupted; copy the recording again",
         )
+
+
+def promised_bytes(head: bytes) -> int | None:
+    """The size of a WAV, AVI, RF64, W64 or ASF (WMA) by its own words; None for others, and for those that cannot know it."""
+    if head[:4] == b"RIFF" and head[8:12] in (b"WAVE", b"AVI "):
+        return _unless_piped(_number(head, 4, 4) + 8)
+    if head[:4] in (b"RF64", b"BW64") and head[12:16] == b"ds64":
+        return _unless_piped(_number(head, 20, 8) + 8)
+    if head.startswith(W64_RIFF):
+        return _unless_piped(_number(head, 16, 8))
+    properties = head.find(ASF_PROPERTIES) if head.startswith(ASF_HEADER) else -1
+    broadcast = properties >= 0 and _number(head, properties + 88, 1) & 1
+    return _number(head, properties + 40, 8) if properties >= 0 and not broadcast else None
+
+
+def _number(head: bytes, place: int, width: int) -> int:
+    return int.from_bytes(head[place : place + width], "little")
+
+
+def _unless_piped(size: int) -> int | None:
+    """Who writes into a pipe cannot know the size: 0, 2 GiB (arecord, sox) or 4 GiB (FFmpeg), less or more a little, and absurd ones
+    say nothing."""
+    return None if size <= 8 or size >= 1 << 62 or any(abs(size - (1 << power)) <= 8192 for power in (31, 32)) else size
 
 
 def behind_id3(descriptor: int, length: int) -> bytes:

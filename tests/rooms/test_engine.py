@@ -1,0 +1,393 @@
+"""The engine as a process, over the real wire, with the model that ships; and its front end, whose memory must not grow."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from recordings import SENTENCES, Studio, likeness, samples_of, write_wav
+
+from whisperd.child import Child
+from whisperd.engine.__main__ import failure_of
+from whisperd.engine.audio import MediaDamaged
+from whisperd.engine.model import ModelAbsent
+from whisperd.vocabulary import JobOptions, Window
+from whisperd.wire import (
+    Abandon,
+    Abandoned,
+    BootFailed,
+    EngineOut,
+    EngineReady,
+    Finished,
+    JobFailed,
+    LoadModel,
+    Message,
+    Progress,
+    Transcribe,
+    WindowDone,
+)
+
+PATIENCE_S = 60.0
+OPTIONS = JobOptions(model="demo", language="en", window_s=5.0, temperatures=(0.0,))
+LONG = SENTENCES[:10]
+
+
+def load_request(**changes: Any) -> LoadModel:
+    usual = {
+        "model": "demo",
+        "device": "cpu",
+        "compute_type": "int8",
+        "cpu_threads": 1,
+        "cache_dir": "/nonexistent/cache",
+        "offline": True,
+        "duration_max_s": 3600.0,
+        "channels_max": 8,
+        "rate_max_hz": 192_000,
+    }
+    return LoadModel(**{**usual, **changes})
+
+
+class Engine:
+    """One engine process; the test plays the daemon."""
+
+    def __init__(self, request: LoadModel) -> None:
+        self.child: Child[Any] = Child(name="engine", module="whisperd.engine", receives=EngineOut, now=time.monotonic())
+        self.frames: list[Any] = []
+        self.child.send(request)
+
+    def send(self, message: Message, source: Path | None = None) -> None:
+        self.child.send(message, () if source is None else (os.open(source, os.O_RDONLY),))
+
+    def transcribe(self, job: int, source: Path, **begun: Any) -> None:
+        self.send(Transcribe(job=job, options=begun.pop("options", OPTIONS), **begun), source)
+
+    def until(self, *kinds: type[Message]) -> Any:
+        """Read frames until one of these kinds; that frame."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            for number, message in enumerate(self.frames):
+                if isinstance(message, kinds):
+                    self.heard, self.frames = self.frames[: number + 1], self.frames[number + 1 :]
+                    return message
+            assert time.monotonic() < until, (kinds, self.frames, list(self.child.last_lines))
+            self.frames += [frame.message for frame in self.child.channel.wait(1.0)]
+
+    def whole(self, job: int, source: Path, **begun: Any) -> tuple[list[Window], Finished]:
+        """One job to its good end."""
+        self.transcribe(job, source, **begun)
+        windows: list[Window] = []
+        while True:
+            message = self.until(WindowDone, Finished, JobFailed)
+            assert message.job == job
+            if isinstance(message, WindowDone):
+                windows.append(message.window)
+            else:
+                assert isinstance(message, Finished), message
+                return windows, message
+
+    def ended(self) -> str:
+        """Wait for the end of the process; how it ended."""
+        readable, _, _ = select.select([self.child.pidfd], [], [], PATIENCE_S)
+        assert readable, "the engine does not end"
+        return self.child.gone(time.monotonic())
+
+    def close(self) -> None:
+        if self.child.life != "gone":
+            self.child.process.kill()
+            self.ended()
+
+
+@pytest.fixture(scope="module")
+def long_talk(studio: Studio) -> Path:
+    return studio.long(LONG)
+
+
+@pytest.fixture
+def fresh() -> Iterator[Engine]:
+    """An engine of this test alone, its model loaded."""
+    engine = Engine(load_request())
+    engine.until(EngineReady)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """An engine that several tests use one after the other, which it must stand."""
+    engine = Engine(load_request())
+    ready = engine.until(EngineReady)
+    assert (ready.model, ready.device, ready.slots >= 1) == ("demo", "cpu", True)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def calm(engine: Engine, long_talk: Path) -> tuple[list[Window], Finished]:
+    """The windows of an undisturbed run."""
+    return engine.whole(1, long_talk)
+
+
+# --- jobs in, windows out ------------------------------------------------------------------------------------------------------
+
+
+def test_windows_come_in_order_and_hold_what_was_said(calm: tuple[list[Window], Finished]) -> None:
+    """Numbered from 0, apart, within the length, all told before the summary; together they hold the sentences."""
+    windows, finished = calm
+    assert [window.index for window in windows] == list(range(len(windows))) and len(windows) >= 5
+    assert finished.summary.windows == len(windows)
+    for before, after in pairwise(windows):
+        assert before.start_s < before.end_s <= after.start_s
+    for window in windows:
+        assert window.end_s - window.start_s <= 5.0 + 0.001
+        assert all(window.start_s <= segment.start_s <= segment.end_s <= window.end_s + 0.001 for segment in window.segments)
+    heard = " ".join(segment.text for window in windows for segment in window.segments)
+    assert likeness(" ".join(LONG), heard) > 0.8, heard
+
+
+def test_the_summary_says_what_was_read(calm: tuple[list[Window], Finished], long_talk: Path) -> None:
+    """Length, amount of speech, digest of the very bytes, container, codec, model and its revision."""
+    import hashlib
+
+    summary = calm[1].summary
+    assert summary.source_sha256 == hashlib.sha256(long_talk.read_bytes()).hexdigest()
+    assert summary.duration_s == pytest.approx(len(samples_of(long_talk)) / 32_000, abs=0.01)
+    assert 0 < summary.speech_s < summary.duration_s
+    assert (summary.container, summary.codec, summary.model, summary.device) == ("wav", "pcm_s16le", "demo", "cpu")
+    assert summary.model_revision
+
+
+@pytest.mark.parametrize("done", [1, 4, "all"])
+def test_resume_gives_the_windows_that_are_missing(
+    done: int | str, engine: Engine, long_talk: Path, calm: tuple[list[Window], Finished]
+) -> None:
+    """From a checkpoint on, the windows are those of an undisturbed run, each as it was; when none is missing, none is made."""
+    windows, finished = calm
+    kept = len(windows) if done == "all" else int(done)
+    last = windows[kept - 1]
+    begun = {"windows_done": kept, "position_s": last.end_s, "language": last.language, "language_probability": last.language_probability}
+    again, summary = engine.whole(2, long_talk, **begun)
+    assert again == windows[kept:]
+    assert summary.summary == finished.summary
+
+
+def test_what_else_the_engine_has_done_changes_nothing(
+    engine: Engine, studio: Studio, long_talk: Path, calm: tuple[list[Window], Finished]
+) -> None:
+    """Same audio, same options, same model: same windows, though other files were between."""
+    engine.whole(3, studio.say(SENTENCES[12]))
+    assert engine.whole(4, long_talk) == (calm[0], Finished(job=4, summary=calm[1].summary))
+
+
+def test_progress_is_told_and_only_advances(engine: Engine, long_talk: Path) -> None:
+    """The position never goes back, and the length of the recording is known."""
+    engine.transcribe(5, long_talk)
+    engine.frames, told = [], []
+    while not isinstance(message := engine.until(Progress, Finished), Finished):
+        told.append(message)
+    assert told and all(message.duration_s == pytest.approx(len(samples_of(long_talk)) / 32_000, abs=0.1) for message in told)
+    positions = [message.position_s for message in told]
+    assert positions == sorted(positions)
+
+
+def test_a_job_can_be_abandoned_while_it_catches_up(engine: Engine, studio: Studio, long_talk: Path, tmp_path: Path) -> None:
+    """A resumed job passes over what is done already; it hears the daemon meanwhile, too."""
+    source = write_wav(tmp_path / "longer.wav", samples_of(long_talk) * 12)
+    engine.transcribe(16, source, windows_done=10_000, position_s=3600.0)
+    engine.send(Abandon(job=16))
+    assert engine.until(Abandoned, Finished) == Abandoned(job=16)
+    assert engine.whole(17, studio.say(SENTENCES[0]))[0]
+
+
+def test_a_job_can_be_abandoned(fresh: Engine, studio: Studio, long_talk: Path) -> None:
+    """Abandon in the middle of a file is answered before its end, and the slot is free for the next file."""
+    fresh.transcribe(6, long_talk)
+    first = fresh.until(WindowDone)
+    fresh.send(Abandon(job=6))
+    assert fresh.until(Abandoned, Finished) == Abandoned(job=6)
+    assert first.window.index == 0
+    windows, _ = fresh.whole(7, studio.say(SENTENCES[0]))
+    assert windows
+    fresh.send(Abandon(job=7))  # over already: nothing happens
+    assert fresh.whole(8, studio.say(SENTENCES[1]))[1].job == 8
+
+
+def test_stop_is_obeyed_at_a_boundary(fresh: Engine, long_talk: Path, calm: tuple[list[Window], Finished]) -> None:
+    """Stop in the middle of a file: the windows told so far are whole and good, the job is abandoned, the process ends normally."""
+    fresh.transcribe(9, long_talk)
+    windows = [fresh.until(WindowDone).window]
+    fresh.child.drain(time.monotonic())
+    while isinstance(message := fresh.until(WindowDone, Abandoned, Finished), WindowDone):
+        windows.append(message.window)
+    assert message == Abandoned(job=9)
+    assert windows == calm[0][: len(windows)] and len(windows) < len(calm[0])
+    assert fresh.ended() == "ended normally"
+
+
+def test_stop_without_work(fresh: Engine) -> None:
+    """An idle engine ends at once, and normally."""
+    fresh.child.drain(time.monotonic())
+    assert fresh.ended() == "ended normally"
+
+
+def test_a_stop_that_comes_before_the_model_is_loaded() -> None:
+    """Stop right behind the order to load: the process ends at once, and normally, without a word."""
+    engine = Engine(load_request())
+    try:
+        engine.child.drain(time.monotonic())
+        assert engine.ended() == "ended normally"
+    finally:
+        engine.close()
+
+
+def test_the_engine_ends_with_the_daemon(fresh: Engine, long_talk: Path) -> None:
+    """The wire closes in the middle of a file: the process does not work on for nobody."""
+    fresh.transcribe(10, long_talk)
+    fresh.until(WindowDone)
+    fresh.child.channel._socket.shutdown(socket.SHUT_RDWR)
+    assert fresh.ended() == "ended normally"
+
+
+# --- what is wrong with a file, or with the model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"Dear Maria,\n", bytes(70_000)], ids=["empty", "text", "zeros"])
+def test_a_bad_file_is_answered_and_the_next_one_is_good(content: bytes, engine: Engine, studio: Studio, tmp_path: Path) -> None:
+    """A failure with a code, a sentence and a hint; the engine goes on."""
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(content)
+    engine.transcribe(11, bad)
+    failure = engine.until(JobFailed, Finished).failure
+    assert (failure.kind, failure.code) == ("permanent", "media_refused")
+    assert failure.what and failure.hint
+    assert engine.whole(12, studio.say(SENTENCES[0]))[0]
+
+
+def test_caps_travel_with_the_model(studio: Studio) -> None:
+    """A recording longer than allowed is refused by the engine, with the setting that allows more."""
+    engine = Engine(load_request(duration_max_s=1.0))
+    try:
+        engine.transcribe(13, studio.say(SENTENCES[0]))
+        failure = engine.until(JobFailed, Finished).failure
+        assert "longer" in failure.what and "engine.duration_max_s" in failure.hint
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (MemoryError(), "transient", "out_of_memory"),
+        (RuntimeError("CUDA failed with error out of memory"), "transient", "out_of_memory"),
+        (ValueError("'xx' is not a valid language code (accepted language codes: af, am)"), "permanent", "language_unknown"),
+        (OSError(5, "Input/output error"), "transient", "source_unreadable"),
+        (MediaDamaged("cut off"), "permanent", "media_damaged"),
+        (ModelAbsent("no model"), "transient", "model_absent"),
+        (ZeroDivisionError("float division by zero"), "transient", "engine_error"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_an_exception_means(error: Exception, kind: str, code: str) -> None:
+    """The file's own fault is permanent; memory and the unknown may pass; each has its code and a sentence."""
+    failure = failure_of(error)
+    assert (failure.kind, failure.code) == (kind, code)
+    assert failure.what
+
+
+@pytest.mark.parametrize("moment", ["touched", "cut short"])
+def test_a_file_that_changes_while_it_is_read_has_no_result(moment: str, engine: Engine, long_talk: Path, tmp_path: Path) -> None:
+    """Whether what was read looks whole or damaged: it is about no file that ever was, and is said so."""
+    source = tmp_path / "talk.wav"
+    source.write_bytes(long_talk.read_bytes())
+    engine.transcribe(15, source)
+    engine.until(WindowDone)
+    if moment == "touched":
+        os.utime(source, (1, 1))
+    else:
+        os.truncate(source, source.stat().st_size // 2)
+    failure = engine.until(JobFailed, Finished).failure
+    assert (failure.kind, failure.code) == ("transient", "changed_while_read")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "/nonexistent/model"}, "no model.bin"),
+        ({"model": "small"}, "engine.offline is set"),
+        ({"compute_type": "float16"}, "float16"),
+        ({"device": "cuda"}, "cuda"),
+    ],
+    ids=["no directory", "not fetched", "precision", "device"],
+)
+def test_a_model_that_cannot_be_loaded(changes: dict[str, Any], words: str) -> None:
+    """It is said in a sentence, as something that is waited for, and the process ends; no file is to blame."""
+    engine = Engine(load_request(**changes))
+    try:
+        failure = engine.until(BootFailed, EngineReady).failure
+        assert failure.kind == "waiting" and failure.code in ("model_absent", "model_unusable")
+        assert words in failure.what and failure.hint
+        assert engine.ended() == "ended with status 3"
+    finally:
+        engine.close()
+
+
+# --- the front end -------------------------------------------------------------------------------------------------------------
+
+
+def test_streamed_voice_activity_equals_one_run(long_talk: Path) -> None:
+    """The network fed in blocks of random size answers, bit for bit, what it answers to the whole recording at once."""
+    from faster_whisper.vad import get_vad_model
+
+    from whisperd.engine.speech import FRAME, Silero
+
+    audio = np.frombuffer(samples_of(long_talk), dtype=np.int16).astype(np.float32) / 32768.0
+    audio = audio[: len(audio) // FRAME * FRAME]
+    at_once = np.asarray(get_vad_model()(audio.copy()), dtype=np.float32).reshape(-1)
+    chance = random.Random(20261121)
+    for _ in range(3):
+        silero, parts, position = Silero(), [], 0
+        while position < len(audio):
+            length = FRAME * chance.choice([1, 2, 3, 7, 31, 62, 200])
+            parts.append(silero.probabilities(audio[position : position + length]))
+            position += length
+        assert np.array_equal(np.concatenate(parts), at_once)
+    assert at_once.max() > 0.9 and at_once.min() < 0.1
+
+
+FRONT_END = """
+import os, sys
+from whisperd.engine.audio import Caps, Recording
+from whisperd.engine.speech import SpeechStream
+recording = Recording(os.open(sys.argv[1], os.O_RDONLY), Caps(86400, 8, 192000))
+speech = SpeechStream(threshold=0.5, min_silence_s=0.5, window_s=30.0)
+windows = sum(1 for block in recording.blocks() for window in speech.feed(block)) + sum(1 for window in speech.end())
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print(windows, round(recording.duration_s), peak)
+"""
+
+
+def test_memory_does_not_grow_with_the_length(long_talk: Path, tmp_path: Path) -> None:
+    """Sixty minutes need no more than 1.2 times the memory that ten minutes need: decoding, resampling, voice activity, windows."""
+    speech = np.frombuffer(samples_of(long_talk), dtype=np.int16)[::2].tobytes()  # 8 kHz
+    peaks = {}
+    for minutes in (10, 60):
+        path = tmp_path / f"{minutes}.wav"
+        repeats = minutes * 60 * 16_000 // len(speech)
+        write_wav(path, speech * repeats, rate=8_000)
+        done = subprocess.run([sys.executable, "-c", FRONT_END, str(path)], capture_output=True, text=True, check=False)
+        path.unlink()
+        assert done.returncode == 0, done.stderr
+        windows, seconds, peaks[minutes] = map(int, done.stdout.split())
+        assert seconds == pytest.approx(minutes * 60, abs=60)
+        assert windows >= minutes
+    assert peaks[60] <= 1.2 * peaks[10], peaks
