@@ -11,6 +11,8 @@ from typing import Any
 
 from whisperd import config
 
+SCHEMA = "whisperd.config/1"
+
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     command = verbs.add_parser("config", help="check and show settings")
@@ -29,7 +31,7 @@ def act_check(args: argparse.Namespace) -> int:
     settings = config.load(args.config)
     notes = list(_notes(settings))
     if args.json:
-        print(json.dumps({"config": args.config, "usable": True, "notes": notes}, indent=2))
+        print(json.dumps({"schema": SCHEMA, "config": args.config, "usable": True, "notes": notes}, indent=2))
     else:
         print("\n".join([f"{args.config}: good, {len(settings.inbox)} inbox(es)", *("note: " + note for note in notes)]))
     return 0
@@ -46,7 +48,8 @@ def _notes(settings: config.Settings) -> Any:
 def act_show(args: argparse.Namespace) -> int:
     found = config.origin_of(config.load(args.config), args.config)
     if args.json:
-        print(json.dumps({key: {"value": value, "origin": origin} for key, (value, origin) in found.items()}, indent=2))
+        settings = {key: {"value": value, "origin": origin} for key, (value, origin) in found.items()}
+        print(json.dumps({"schema": SCHEMA, "config": args.config, "settings": settings}, indent=2))
     else:
         width = max(map(len, found))
         for key, (value, origin) in found.items():

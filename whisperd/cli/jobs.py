@@ -18,7 +18,7 @@ def add(verbs: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--state", choices=[state.value for state in State], help="only these")
     command.add_argument("--inbox", metavar="DIR", help="only of this inbox")
     command.add_argument("--limit", type=int, default=100, help="newest N (default 100, 0 for all)")
-    command.add_argument("--json", action="store_true", help=f"machine-readable (a list of {life.SCHEMA}, short form)")
+    command.add_argument("--json", action="store_true", help=f"machine-readable ({life.LIST_SCHEMA})")
     command.set_defaults(act=act)
 
 
@@ -27,5 +27,5 @@ def act(args: argparse.Namespace) -> int:
     inbox = os.fsencode(os.path.normpath(os.path.abspath(args.inbox))) if args.inbox else None
     newest = [life.brief(row) for row in ledger.jobs(state=args.state, inbox=inbox, limit=args.limit or -1, newest=True)]
     rows = newest[::-1]
-    print(json.dumps(rows, indent=2) if args.json else life.table(rows))
+    print(json.dumps({"schema": life.LIST_SCHEMA, "jobs": rows}, indent=2) if args.json else life.table(rows))
     return 0

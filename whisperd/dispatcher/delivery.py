@@ -171,7 +171,7 @@ class Delivery:
             if row["state"] == "failed":
                 self._ledger.report(job, writer.path, stored, now)
             else:
-                self._ledger.publish(job, writer.path, stored, now)
+                self._publish(writer, row, stored, now)
         except (IllegalMove, NoSuchJob) as error:  # the operator moved the job meanwhile; what stands in the outbox is whole all the same
             logger.bind(job=job).warning(f"job {job} was published, but {error}")
             return
@@ -181,6 +181,13 @@ class Delivery:
             log.bind(event="reported").info(f"job {job} error file written: {shown}")
         else:
             log.bind(event="done").success(f"job {job} done: {printable(row['path'])} → {shown}")
+
+    def _publish(self, writer: Writer, row: dict[str, Any], stored: list[tuple[bytes, str, str]], now: float) -> None:
+        """The transcript is out, and the error file of an earlier attempt is not any more."""
+        with self._ledger.transaction():
+            known = self._ledger.publications_of_source(row["inbox_id"], row["path"])
+            self._ledger.publish(row["id"], writer.path, stored, now)
+            self._ledger.withdraw(writer.path, [item["path"] for item in known if item["path"].endswith(ERROR_SUFFIX)])
 
     def _refused(self, writer: Writer, job: int, failure: Failure) -> None:
         writer.in_flight.pop(job, None)

@@ -352,6 +352,11 @@ class Ledger(Queries):
             self._move("report", job, now, reported_at=now)
             self._publications(job, outbox, files, now)
 
+    def withdraw(self, outbox: bytes, paths: Sequence[bytes]) -> None:
+        """These files of ours are not in the outbox any more (an error file, once its recording has a transcript)."""
+        with self.transaction():
+            self.db.conn.executemany("DELETE FROM publication WHERE outbox = ? AND path = ?", [(outbox, path) for path in paths])
+
     def _publications(self, job: int, outbox: bytes, files: Sequence[tuple[bytes, str, str]], now: float) -> None:
         for path, kind, sha256 in files:
             row = {"outbox": outbox, "path": path, "job_id": job, "format": kind, "sha256": sha256, "published_at": now}

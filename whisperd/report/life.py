@@ -9,6 +9,7 @@ from whisperd.ledger.queries import Queries, Row
 from whisperd.report.status import clock
 
 SCHEMA = "whisperd.job/1"
+LIST_SCHEMA = "whisperd.jobs/1"
 
 
 def brief(row: Row) -> dict[str, Any]:
