@@ -29,7 +29,6 @@ class Engine:
 
     child: Child[Any]
     job: int | None = None
-    asked_at: float = 0.0  # monotonic: when the job was claimed
     moved_at: float = 0.0  # monotonic: when it last made progress
     sent: bool = False  # the source's descriptor is with the child
     model: str = ""
@@ -114,7 +113,7 @@ class Pool:
 
     def assign(self, engine: Engine, job: int, now: float) -> None:
         engine.child.assign(now)
-        engine.job, engine.asked_at, engine.moved_at, engine.sent = job, now, now, False
+        engine.job, engine.moved_at, engine.sent = job, now, False
 
     def release(self, engine: Engine, now: float) -> None:
         """The job is out of its hands."""

@@ -88,14 +88,6 @@ class Queries:
             )
         )
 
-    def next_wake(self) -> float | None:
-        """When the earliest postponed job may run (of inboxes that are up: one that is down makes itself heard when it is back)."""
-        row = self.db.conn.execute(
-            "SELECT min(not_before) FROM job JOIN inbox ON inbox.id = inbox_id"
-            " WHERE job.state = 'ready' AND inbox.state = 'up' AND inbox.active = 1"
-        ).fetchone()
-        return None if row[0] is None else float(row[0])
-
     def running(self) -> list[Row]:
         return list(self.jobs(state="running"))
 

@@ -85,7 +85,7 @@ class OutboxFull(Waiting):
 
 class OutboxReadOnly(Waiting):
     code = "outbox_read_only"
-    advice = "mount the outbox writable; if it became read-only by itself, look for disk errors in the kernel log"
+    advice = "mount the outbox writable, or name it in ReadWritePaths= of the unit; if it became read-only by itself, look for disk errors"
 
 
 class OutboxDenied(Waiting):
