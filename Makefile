@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/whisperd demo
 
 test: $(VENV)/.installed-dev lint
-	./scripts/debian-packages espeak-ng ffmpeg sox systemd
+	./scripts/debian-packages espeak-ng ffmpeg systemd dbus iproute2
 	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/.installed-dev
