@@ -186,7 +186,10 @@ class Dispatcher:
 
     def _claim(self, engine: Engine, row: dict[str, Any], now: float, wall: float) -> None:
         job = row["id"]
-        self._ledger.claim(job, engine.child.name, wall, lease_s=self._lease_s)
+        try:
+            self._ledger.claim(job, engine.child.name, wall, lease_s=self._lease_s)
+        except IllegalMove:  # the operator was faster: it is not ready any more
+            return
         self.pool.assign(engine, job, now)
         logger.bind(job=job, inbox=os.fsdecode(row["inbox_path"]), event="claimed", child=engine.child.name).info(
             f"job {job} started on {engine.child.name}, attempt {row['attempts'] + 1}: {printable(row['path'])}"
