@@ -66,6 +66,13 @@ def test_four_laws_of_backoff(law: str, pauses: list[float]) -> None:
     assert retry.Backoff(law=law, base_s=5, max_s=7, jitter=0).pause_s(50, 0) <= 7
 
 
+@pytest.mark.parametrize("law", ["fixed", "linear", "exponential", "fibonacci"])
+@pytest.mark.parametrize("attempt", [1, 1025, 10**6])
+def test_a_pause_has_an_end_however_long_it_fails(law: str, attempt: int) -> None:
+    """Months of failures in a row give the longest pause, not an overflow: what is absent is waited for."""
+    assert 0 < retry.Backoff(law=law, base_s=1, max_s=60).pause_s(attempt) <= 60
+
+
 @given(st.integers(1, 1000), st.floats(0, 1))
 def test_jitter_only_shortens(attempt: int, chance: float) -> None:
     """A pause stays within its jitter and is never negative, however many attempts there were."""

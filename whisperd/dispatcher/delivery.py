@@ -16,6 +16,7 @@ from loguru import logger
 from whisperd.child import Child
 from whisperd.config import InboxSettings, Settings
 from whisperd.dispatcher.nursery import Keeper, Nursery
+from whisperd.dispatcher.retry import Backoff
 from whisperd.dispatcher.staging import open_staged
 from whisperd.errors import printable
 from whisperd.ledger.ledger import IllegalMove, Ledger, NoSuchJob
@@ -36,8 +37,7 @@ from whisperd.wire import (
 IN_FLIGHT_MAX = 4
 ANSWER_S = 120.0
 POSTPONE_S = 300.0
-PAUSE_FIRST_S = 1.0
-PAUSE_MAX_S = 30.0
+PAUSE = Backoff(base_s=1.0, max_s=30.0)
 ERROR_SUFFIX = b".error.txt"
 NAMES_TRIED = 100
 
@@ -200,7 +200,7 @@ class Delivery:
             return
         writer.failures += 1
         writer.down = f"{failure.what} ({failure.hint})"
-        writer.resume_at = time.monotonic() + min(PAUSE_FIRST_S * 2.0 ** (writer.failures - 1), PAUSE_MAX_S)
+        writer.resume_at = time.monotonic() + PAUSE.pause_s(writer.failures)
         logger.bind(job=job, event="outbox_waits").warning(f"job {job} cannot be published yet: {failure.what}; {failure.hint}")
 
     def _avoid(self, writer: Writer, job: int, failure: Failure) -> None:

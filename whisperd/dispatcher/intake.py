@@ -51,8 +51,6 @@ class Inbox:
     keeper: Keeper
     scanned: bool = False
     unsettled: int = 0
-    files: int = 0
-    left_out: int = 0
     down: str = ""
     opening: dict[int, float] = field(default_factory=dict)  # job → asked at (monotonic)
 
@@ -204,7 +202,7 @@ class Intake:
             if inbox.down:
                 logger.bind(inbox=inbox.settings.path).info(f"inbox {inbox.settings.path} is back")
         inbox.scanned, inbox.down = True, ""
-        inbox.unsettled, inbox.files, inbox.left_out = scan.unsettled, scan.files, scan.left_out
+        inbox.unsettled = scan.unsettled
 
     def _down(self, inbox: Inbox, what: str, hint: str) -> None:
         inbox.down = what

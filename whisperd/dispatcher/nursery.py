@@ -15,14 +15,14 @@ from typing import Any
 from loguru import logger
 
 from whisperd.child import Child, Life
+from whisperd.dispatcher.retry import Backoff
 from whisperd.wire import Frame, Message, WireBroken, WireClosed
 
 OnFrame = Callable[[Any, Frame[Any]], None]
 OnExit = Callable[[Any, str], None]
 
 ORPHANED_WIRE_S = 5.0
-BOOT_PAUSE_FIRST_S = 0.25
-BOOT_PAUSE_MAX_S = 60.0
+BOOT_PAUSE = Backoff(base_s=0.25, max_s=60.0)
 HEALTHY_AFTER_S = 20.0
 
 
@@ -174,7 +174,7 @@ class Keeper:
             return
         now = time.monotonic()
         self._failures = 0 if now - child.born_at > HEALTHY_AFTER_S else self._failures + 1
-        pause_s = min(BOOT_PAUSE_FIRST_S * 2.0 ** max(0, self._failures - 1), BOOT_PAUSE_MAX_S) if self._failures > 1 else 0.0
+        pause_s = BOOT_PAUSE.pause_s(self._failures) if self._failures > 1 else 0.0
         self._start_at = now + pause_s
         self.down = f"{self.name} {how}"
         logger.bind(child=self.name).warning(f"{self.name} (pid {child.pid}) {how}; starting it again in {pause_s:g} s")

@@ -15,11 +15,11 @@ from loguru import logger
 
 from whisperd.child import Child, Life
 from whisperd.dispatcher.nursery import Nursery
+from whisperd.dispatcher.retry import Backoff
 from whisperd.vocabulary import Failure
 from whisperd.wire import Abandon, BootFailed, EngineOut, EngineReady, Frame, LoadModel, Message
 
-BOOT_PAUSE_FIRST_S = 1.0
-BOOT_PAUSE_MAX_S = 60.0
+BOOT_PAUSE = Backoff(base_s=1.0, max_s=60.0)
 KILL_AFTER_TERM_S = 5.0
 
 
@@ -156,7 +156,7 @@ class Pool:
         now = time.monotonic()
         if not engine.model:  # it never became ready
             self._boot_failures += 1
-            pause_s = min(BOOT_PAUSE_FIRST_S * 2.0 ** (self._boot_failures - 1), BOOT_PAUSE_MAX_S)
+            pause_s = BOOT_PAUSE.pause_s(self._boot_failures)
             self._start_at = now + pause_s
             if self.blocked is None:
                 logger.bind(child=child.name).error(f"{child.name} did not start: {how}; trying again in {pause_s:g} s")

@@ -20,7 +20,7 @@ class Backoff:
     max_s: float = 600.0
     jitter: float = 0.2
 
-    def pause_s(self, attempt: int, chance: float) -> float:
+    def pause_s(self, attempt: int, chance: float = 0.0) -> float:
         """The pause after the n-th attempt (n ≥ 1); `chance` in 0..1 shortens it by up to `jitter`, so that retries spread."""
         match self.law:
             case "fixed":
