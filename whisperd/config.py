@@ -24,6 +24,8 @@ FORMATS = ("txt", "srt", "vtt", "tsv", "json")
 
 Format = Literal["txt", "srt", "vtt", "tsv", "json"]
 Language = Annotated[str, Field(pattern=r"^(auto|[a-z]{2,3})$")]
+Mode = Literal["batched", "sequential", "short_windows"]
+Channels = Literal["mix", "speakers"]
 
 RECORDINGS = tuple(
     f"*.{suffix}"
@@ -56,29 +58,63 @@ class EngineSettings(Section):
         "auto", description="Precision of the model. auto: float16 on a GPU, int8 on a CPU."
     )
     cpu_threads: int = Field(0, ge=0, le=32, description="Threads of each engine process on a CPU; 0 shares the cores among the workers.")
+    batch: int = Field(
+        0, ge=0, le=64, description="Windows of any files decoded together at most; 0: 4 on a CPU, 16 on a GPU. Text does not depend on it."
+    )
+    encoder: Literal["auto", "ctranslate2", "torch"] = Field(
+        "auto",
+        description="What runs the encoder on a CPU. auto: PyTorch in bfloat16 where the CPU has instructions for it and a measurement "
+        "at the start says that it pays, else CTranslate2.",
+    )
+    rss_growth_max_mib: int = Field(
+        2048, ge=64, description="An engine whose memory grew by more than this since it was ready is replaced at its next boundary."
+    )
+    unload_idle_s: float = Field(
+        0.0, ge=0, description="An engine without work for this long gives its model's memory back until the next file; 0: never."
+    )
     offline: bool = Field(False, description="Never use the network, not even to fetch a model that is absent.")
     duration_max_s: float = Field(86_400.0, gt=0, description="Longer recordings are refused.")
     channels_max: int = Field(32, ge=1, le=512, description="Recordings with more channels are refused.")
     rate_max_hz: int = Field(768_000, ge=8_000, description="Recordings with a higher sampling rate are refused.")
 
     @model_validator(mode="after")
-    def _cpu_has_no_half(self) -> EngineSettings:
+    def _cpu_has_its_limits(self) -> EngineSettings:
         if self.device == "cpu" and self.compute_type in ("float16", "bfloat16", "int8_float16", "int8_bfloat16"):
             raise ValueError(f"compute_type {self.compute_type} needs a GPU; on a CPU use int8 or float32")
+        if self.device == "cpu" and self.batch > 8:
+            raise ValueError(f"batch {self.batch} gains nothing on a CPU; at most 8")
         return self
 
 
 class TranscriptionSettings(Section):
     """How recordings are transcribed, unless an inbox says otherwise."""
 
+    mode: Mode = Field(
+        "batched",
+        description="batched: windows cut at pauses, decoded together. sequential: one pass after the other as faster-whisper does it, "
+        "with the text before as context (slower; memory of names and style). short_windows: like batched, but short windows are not "
+        "filled up to 30 s with silence (several times faster on short recordings on a CPU; check its accuracy on your own speech).",
+    )
     language: Language = Field("auto", description='Spoken language ("en", "de", …); auto detects it for each recording.')
+    language_windows: int = Field(4, ge=1, le=16, description="Windows that vote for the language before any text is decoded.")
+    language_per_window: bool = Field(False, description="Recordings in which the language changes: each window has its own.")
     task: Literal["transcribe", "translate"] = Field("transcribe", description="translate writes English whatever is spoken.")
     beam_size: int = Field(5, ge=1, le=20, description="Alternatives kept while decoding; 1 is fastest.")
+    patience: float = Field(1.0, ge=1, le=4, description="More than 1 lets the beam search go on longer (slower, a little better).")
+    best_of: int = Field(5, ge=1, le=10, description="Samples drawn at each temperature above 0.")
     temperatures: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         (0.0, 0.2, 0.4, 0.6, 0.8, 1.0), min_length=1, description="Tried in turn while a window's text looks wrong."
     )
     initial_prompt: str = Field("", max_length=2000, description="Text the model is told came before: names, spelling, style.")
     hotwords: str = Field("", max_length=2000, description="Words to expect.")
+    previous_text: bool = Field(True, description="In sequential mode, the text before is given to the next pass.")
+    audio_track: str = Field(
+        "auto",
+        pattern=r"^(auto|[1-9][0-9]?)$",
+        description="Of several audio tracks: a number, or auto: the language's, the one with speech.",
+    )
+    channels: Channels = Field("mix", description='mix: all channels together. speakers: each channel is one speaker ("Channel 1", …).')
+    speakers: tuple[str, ...] = Field((), max_length=8, description="Names of the channels' speakers, in order.")
     word_timestamps: bool = Field(False, description="Time every word (slower); they appear in the JSON.")
     window_s: float = Field(30.0, ge=5, le=30, description="Longest piece of audio given to the model at once.")
     vad_threshold: float = Field(0.5, gt=0, lt=1, description="Probability from which sound counts as speech.")
@@ -175,10 +211,13 @@ class InboxSettings(Section):
     recursive: bool = Field(True, description="Also watch sub-directories; the outbox mirrors them.")
     events: Literal["auto", "native", "polling"] = Field("auto", description="auto: inotify on local disks, polling on network shares.")
     priority: Literal["urgent", "normal", "low"] = Field("normal", description="Class of everything dropped here.")
+    mode: Mode | None = Field(None, description="Overrides transcription.mode.")
     language: Language | None = Field(None, description="Overrides transcription.language.")
     task: Literal["transcribe", "translate"] | None = Field(None, description="Overrides transcription.task.")
     formats: tuple[Format, ...] | None = Field(None, min_length=1, description="Overrides outbox.formats.")
     initial_prompt: str | None = Field(None, max_length=2000, description="Overrides transcription.initial_prompt.")
+    channels: Channels | None = Field(None, description="Overrides transcription.channels.")
+    speakers: tuple[str, ...] | None = Field(None, max_length=8, description="Overrides transcription.speakers.")
 
     @field_validator("path", "outbox")
     @classmethod
@@ -245,21 +284,9 @@ class Settings(BaseSettings):
 
     def options(self, inbox: InboxSettings) -> JobOptions:
         """What a file of this inbox asks for; frozen into its job when it settles."""
-        common = self.transcription
-        return JobOptions(
-            model=self.engine.model,
-            language=inbox.language or common.language,
-            task=inbox.task or common.task,
-            beam_size=common.beam_size,
-            temperatures=common.temperatures,
-            initial_prompt=common.initial_prompt if inbox.initial_prompt is None else inbox.initial_prompt,
-            hotwords=common.hotwords,
-            word_timestamps=common.word_timestamps,
-            window_s=common.window_s,
-            vad_threshold=common.vad_threshold,
-            vad_min_silence_s=common.vad_min_silence_s,
-            formats=inbox.formats or self.outbox.formats,
-        )
+        asked = {**self.transcription.model_dump(), "formats": self.outbox.formats}
+        own = {name: value for name, value in inbox.model_dump().items() if name in asked and value is not None}
+        return JobOptions(model=self.engine.model, **{**asked, **own})
 
 
 def load(path: str) -> Settings:

@@ -235,7 +235,7 @@ class Daemon:
             self._notifier.notify("WATCHDOG=1")
         if self._stop_began is None:
             down = [*self._inboxes_down(), *self._outboxes_down()]
-            running = len(self._dispatcher.pool.working())
+            running = len(self._dispatcher.pool.tasks())
             self._notifier.notify("STATUS=" + status_line(self._ledger.counts(), running=running, waits_for=self._blocked(), down=down))
 
     def _inboxes_down(self) -> list[str]:
@@ -257,10 +257,8 @@ class Daemon:
             "blocked": self._blocked(),
             "outboxes_down": self._outboxes_down(),
             "model": self._dispatcher.choice.reason if self._dispatcher.choice else "",
-            "engines": [
-                {"name": engine.child.name, "pid": engine.child.pid, "life": str(engine.child.life), "job": engine.job}
-                for engine in self._dispatcher.pool.engines.values()
-            ],
+            "engines": self._dispatcher.pool.told(),
+            "batches": self._dispatcher.pool.counters.told(),
         }
         if said != self._said:
             self._said = said

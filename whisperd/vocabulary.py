@@ -7,6 +7,8 @@ Times are seconds since the epoch (`_at`), durations and positions in a recordin
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from enum import StrEnum
 
 import msgspec
@@ -69,12 +71,21 @@ class JobOptions(Noun, frozen=True):
     """What was asked for one file, frozen when it settles; part of the provenance of its transcript."""
 
     model: str = "auto"
+    mode: str = "batched"  # "batched", "sequential", "short_windows"
     language: str = "auto"
+    language_windows: int = 4
+    language_per_window: bool = False
     task: str = "transcribe"
     beam_size: int = 5
+    patience: float = 1.0
+    best_of: int = 5
     temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     initial_prompt: str = ""
     hotwords: str = ""
+    previous_text: bool = True
+    audio_track: str = "auto"
+    channels: str = "mix"  # "mix", "speakers"
+    speakers: tuple[str, ...] = ()
     word_timestamps: bool = False
     window_s: float = 30.0
     vad_threshold: float = 0.5
@@ -101,11 +112,24 @@ class Segment(Noun, frozen=True):
     no_speech_prob: float = 0.0
     compression_ratio: float = 0.0
     temperature: float = 0.0
+    speaker: str = ""
+    doubts: tuple[str, ...] = ()
     words: tuple[Word, ...] = ()
 
 
+class Verdict(Noun, frozen=True):
+    """What the quality gate says of one window: how good, after how many passes, and what still speaks against its text."""
+
+    quality: str = "good"  # "good", "second_pass", "doubtful"
+    passes: int = 1
+    complaints: tuple[str, ...] = ()
+
+
 class Window(Noun, frozen=True):
-    """At most 30 s of audio cut at speech boundaries, decoded: the unit of checkpoint and resume."""
+    """At most 30 s of audio cut at speech boundaries, decoded: the unit of checkpoint and resume.
+
+    `tokens` are those of the whole text; `seek` is where the next pass begins in sequential mode, in mel frames (10 ms).
+    """
 
     index: int
     start_s: float
@@ -113,6 +137,10 @@ class Window(Noun, frozen=True):
     language: str
     language_probability: float
     segments: tuple[Segment, ...]
+    channel: int = 0
+    tokens: tuple[int, ...] = ()
+    seek: int = 0
+    verdict: Verdict = Verdict()
 
 
 class Summary(Noun, frozen=True):
@@ -129,6 +157,21 @@ class Summary(Noun, frozen=True):
     device: str
     compute_type: str
     engine_version: str
+    encoder: str = "ctranslate2"
+    track: int = 1
+    tracks: int = 1
+    channels: int = 1
+    doubts: tuple[str, ...] = ()  # about the container: it may be cut off
+
+
+class Quality(Noun, frozen=True):
+    """The verdict on a whole transcript, and how many of its windows stand for it."""
+
+    verdict: str = "good"  # the worst of its windows; "doubtful" as well when the recording itself may be cut off
+    windows: int = 0
+    second_pass: int = 0
+    doubtful: int = 0
+    complaints: tuple[str, ...] = ()
 
 
 class Transcript(Noun, frozen=True):
@@ -142,6 +185,7 @@ class Transcript(Noun, frozen=True):
     options: JobOptions
     summary: Summary
     mtime_ns: int
+    quality: Quality = Quality()
     schema: str = "whisperd.transcript/1"
 
 
@@ -159,9 +203,24 @@ def assemble(*, source: str, size: int, mtime_ns: int, windows: list[Window], op
         mtime_ns=mtime_ns,
         language=language,
         language_probability=round(sum(sure) / len(sure), 4) if sure else 0.0,
-        segments=tuple(segment for window in ordered for segment in window.segments),
+        segments=tuple(sorted((segment for window in ordered for segment in window.segments), key=lambda segment: segment.start_s)),
         options=options,
         summary=summary,
+        quality=quality_of(ordered, summary.doubts),
+    )
+
+
+def quality_of(windows: Sequence[Window], doubts: Sequence[str]) -> Quality:
+    """The worst verdict among the windows; a recording that may be cut off is doubtful whatever its text looks like."""
+    verdicts = [window.verdict for window in windows]
+    count = Counter(verdict.quality for verdict in verdicts)
+    worst = "doubtful" if count["doubtful"] or doubts else "second_pass" if count["second_pass"] else "good"
+    return Quality(
+        verdict=worst,
+        windows=len(verdicts),
+        second_pass=count["second_pass"],
+        doubtful=count["doubtful"],
+        complaints=tuple(sorted({complaint for verdict in verdicts for complaint in verdict.complaints})),
     )
 
 

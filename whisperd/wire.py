@@ -141,6 +141,8 @@ class LoadModel(Message, frozen=True):
     device: str
     compute_type: str
     cpu_threads: int
+    batch: int  # windows decoded together at most
+    encoder: str  # "auto", "ctranslate2", "torch"
     cache_dir: str
     offline: bool
     duration_max_s: float
@@ -152,10 +154,13 @@ class EngineReady(Message, frozen=True):
     """engine → daemon: the model is loaded and `slots` jobs may be sent."""
 
     model: str
+    revision: str
     device: str
     compute_type: str
+    encoder: str
     slots: int
     load_s: float
+    rss_mib: int
 
 
 class BootFailed(Message, frozen=True):
@@ -165,14 +170,20 @@ class BootFailed(Message, frozen=True):
 
 
 class Transcribe(Message, frozen=True):
-    """daemon → engine, with the source's descriptor: one job, from its first window or from the one after its last checkpoint."""
+    """daemon → engine, with the source's descriptor: one job, from its first window or from the one after its last checkpoint.
+
+    `windows_done` windows up to `position_s` were done before; `front_end` is the engine's own state that came with the last of them.
+    """
 
     job: int
     options: JobOptions
     windows_done: int = 0
     position_s: float = 0.0
-    language: str = ""
-    language_probability: float = 0.0
+    front_end: bytes = b""
+
+
+class Unload(Message, frozen=True):
+    """daemon → engine: give the model's memory back; the next job loads it again."""
 
 
 class Abandon(Message, frozen=True):
@@ -190,11 +201,36 @@ class Progress(Message, frozen=True):
 
 
 class WindowDone(Message, frozen=True):
-    """engine → daemon: one window of text, to be kept."""
+    """engine → daemon: one window of text, to be kept; with the front end's state from which the next window can be found again."""
 
     job: int
     window: Window
     duration_s: float | None
+    front_end: bytes = b""
+
+
+class BatchDone(Message, frozen=True):
+    """engine → daemon: one call of the decoder. Counts since the last such frame; `frames` is the mel frames of a window."""
+
+    windows: int
+    limit: int
+    beam: int
+    frames: int
+    encoded: int
+    encoded_needed: int
+    took_s: float
+    rss_mib: int
+    vram_used_mib: int | None = None
+
+
+class OutOfMemory(Message, frozen=True):
+    """engine → daemon: a batch of this shape did not fit; the engine goes on with at most `limit` windows."""
+
+    windows: int
+    beam: int
+    frames: int
+    limit: int
+    what: str
 
 
 class Finished(Message, frozen=True):
@@ -217,8 +253,14 @@ class Abandoned(Message, frozen=True):
     job: int
 
 
-EngineIn = LoadModel | Transcribe | Abandon | Stop
-EngineOut = EngineReady | BootFailed | Progress | WindowDone | Finished | JobFailed | Abandoned
+class Unloaded(Message, frozen=True):
+    """engine → daemon: the model is out of memory."""
+
+    rss_mib: int
+
+
+EngineIn = LoadModel | Transcribe | Abandon | Unload | Stop
+EngineOut = EngineReady | BootFailed | Progress | WindowDone | BatchDone | OutOfMemory | Finished | JobFailed | Abandoned | Unloaded
 
 
 # --- outbox --------------------------------------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ NewPlace = Callable[[str], Installation]
 TEXT = "This is a letter, not a recording.\n"
 
 STATUS_KEYS = {
-    "schema", "at", "daemon", "waits_for", "model", "engines", "counts", "running", "last_hour", "gpus", "plan", "inboxes", "alerts",
+    "schema", "at", "daemon", "waits_for", "model", "engines", "batches", "counts", "quality", "running", "last_hour", "gpus", "plan",
+    "inboxes", "alerts",
 }  # fmt: skip
 STATES = {"seen", "ready", "running", "transcribed", "done", "failed", "cancelled", "gone"}
 JOB_KEYS = {
-    "job", "state", "path", "inbox", "size", "attempts", "duration_s", "language", "process_s", "seen_at", "ended_at", "failure",
+    "job", "state", "path", "inbox", "size", "attempts", "duration_s", "language", "process_s", "quality", "seen_at", "ended_at", "failure",
 }  # fmt: skip
 LIFE_KEYS = JOB_KEYS | {"schema", "sha256", "checkpoints", "last_lines", "published", "events"}
 
@@ -96,6 +97,8 @@ def test_status_for_programs(office: Installation) -> None:
     assert set(status) >= STATUS_KEYS
     assert set(status["counts"]) == STATES
     assert (status["counts"]["done"], status["counts"]["failed"]) == (1, 1)
+    assert status["quality"] == {"good": 1, "second_pass": 0, "doubtful": 0}
+    assert status["batches"]["windows"] >= status["batches"]["batches"] > 0
     assert status["daemon"]["running"] is False
     assert status["plan"]["workers"] == 1 and status["plan"]["reason"]
     assert [inbox["path"] for inbox in status["inboxes"]] == [str(office.inbox)]
@@ -110,6 +113,14 @@ def test_jobs_by_state(office: Installation) -> None:
     assert done[0]["failure"] is None
     assert set(failed[0]["failure"]) == {"kind", "code", "what", "hint"}
     assert listed(office, "--state", "running") == []
+
+
+def test_jobs_by_quality(office: Installation) -> None:
+    """`--quality` keeps to transcripts with that verdict; `show` says it in words."""
+    (good,) = listed(office, "--quality", "good")
+    assert (good["path"], good["quality"]) == ("talks/good.wav", "good")
+    assert listed(office, "--quality", "doubtful") == []
+    assert "quality   good" in office.desk("show", str(good["job"])).out
 
 
 def test_jobs_of_an_inbox(office: Installation) -> None:

@@ -20,6 +20,7 @@ ENGINE, WATCHER, OUTBOX, PROBE = "whisperd.engine", "whisperd.watcher", "whisper
 STOP_S = 20.0  # the sum of all graces at a stop is below that
 AT_ONCE_S = 25.0  # of the patience of the daemon with a child that does not answer, which is a minute or two
 LONG = SENTENCES[:13]
+STEP_BY_STEP = {"batch": 1}  # a window at a time; an engine has slots for twice the windows of a batch: two files
 SAME_EVERY_TIME = {"window_s": 5.0, "temperatures": [0.0]}  # many windows; the temperature ladder samples, and samples differ
 
 
@@ -42,7 +43,8 @@ def calm(long_talk: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[byte
 
 @pytest.fixture
 def long_place(place: Installation) -> Installation:
-    place.write_config(transcription=SAME_EVERY_TIME)
+    """Smaller batches than an undisturbed run has: the text does not depend on them."""
+    place.write_config(engine={"batch": 2}, transcription=SAME_EVERY_TIME)
     return place
 
 
@@ -56,6 +58,20 @@ def windows_kept(path: bytes, more_than: int) -> Callable[[Queries], int]:
         return 0
 
     return condition
+
+
+def settled(*paths: bytes) -> Callable[[Queries], bool]:
+    """Files are known and wait, or are in an engine's hands."""
+
+    def condition(ledger: Queries) -> bool:
+        return {row["path"] for row in ledger.jobs() if row["state"] in ("ready", "running")} >= set(paths)
+
+    return condition
+
+
+def waits(path: bytes) -> Callable[[Queries], bool]:
+    """The file is settled and no engine has it."""
+    return lambda ledger: path in {row["path"] for row in ledger.jobs(state="ready")}
 
 
 def said_in(place: Installation, base: bytes) -> str:
@@ -96,15 +112,18 @@ def test_files_are_taken_as_they_come_and_taken_anew_when_they_change(place: Ins
 
 
 def test_a_file_deleted_while_it_waits_is_gone_and_nothing_else_is_hurt(place: Installation, studio: Studio, long_talk: Path) -> None:
-    """The engine is busy; of two files that wait one is deleted: that job is gone, without an attempt, a transcript or an error file."""
+    """The engine has its hands full; of the files that wait one is deleted: that job is gone, without an attempt, a transcript or an
+    error file."""
+    place.write_config(engine=STEP_BY_STEP)
     with place.daemon() as daemon:
         place.drop(long_talk, "long.wav")
         daemon.wait_until(windows_kept(b"long.wav", 0), "the engine is busy")
         engine = daemon.child(ENGINE)
         os.kill(engine, signal.SIGSTOP)
-        for name in ("kept.wav", "deleted.wav"):
-            place.drop(studio.say(SENTENCES[2]), name)
-        daemon.wait_until(lambda ledger: ledger.counts()["ready"] == 2, "both wait")
+        place.drop(studio.say(SENTENCES[2]), "kept.wav")
+        daemon.wait_until(settled(b"kept.wav"), "another file")
+        place.drop(studio.say(SENTENCES[2]), "deleted.wav")
+        daemon.wait_until(waits(b"deleted.wav"), "the third waits")
         os.unlink(place.inbox / "deleted.wav")
         del place.dropped[b"deleted.wav"]
         gone = daemon.wait_ended("deleted.wav", "gone")
@@ -120,6 +139,7 @@ def test_a_file_deleted_while_it_waits_is_gone_and_nothing_else_is_hurt(place: I
 @pytest.mark.parametrize("how", ["moved over", "written over"])
 def test_a_file_changed_while_it_is_read(how: str, place: Installation, studio: Studio, long_talk: Path) -> None:
     """What is published in the end is the transcript of the new content alone, whichever way it came over the old."""
+    place.write_config(engine=STEP_BY_STEP, transcription=SAME_EVERY_TIME)
     with place.daemon() as daemon:
         place.drop(long_talk, "talk.wav")
         daemon.wait_until(windows_kept(b"talk.wav", 0), "the first version is being read")
@@ -236,6 +256,27 @@ def test_kill_the_daemon_and_go_on_later(long_place: Installation, long_talk: Pa
     assert_ledger_and_disk_agree(long_place)
 
 
+def test_another_precision_begins_anew(
+    long_place: Installation, another_place: NewPlace, long_talk: Path, calm: dict[bytes, bytes]
+) -> None:
+    """Stopped in the middle, and the precision of the model changed: windows of the old one are not mixed with the new one's. The
+    transcript is that of an undisturbed run with the new precision."""
+    other = another_place("undisturbed")
+    other.write_config(engine={"compute_type": "float32"}, transcription=SAME_EVERY_TIME)
+    other.drop(long_talk, "long.wav")
+    assert other.run_once().code == 0
+    with long_place.daemon() as daemon:
+        long_place.drop(long_talk, "long.wav")
+        daemon.wait_until(windows_kept(b"long.wav", 2), "some windows are kept")
+        assert daemon.stop() == 0
+    long_place.write_config(engine={"compute_type": "float32"})
+    done = long_place.run_once()
+    assert done.code == 0
+    assert "begins anew" in done.err
+    assert long_place.published() == other.published() != calm
+    assert_ledger_and_disk_agree(long_place)
+
+
 def _await_end(pidfd: int) -> None:
     import select
 
@@ -268,7 +309,7 @@ def test_an_engine_killed_in_the_middle(
 
 def test_a_file_that_crashes_every_engine_is_set_aside(long_place: Installation, studio: Studio, long_talk: Path) -> None:
     """Three engines die of SIGSEGV over one file: it is failed after exactly three attempts, its error file names the signal and
-    the place in the recording; the files that waited behind it are transcribed."""
+    the place in the recording; the files that were in hand with it, or waited behind it, are transcribed."""
     with long_place.daemon() as daemon:
         long_place.drop(long_talk, "poison.wav")
         kept = 0
@@ -279,12 +320,12 @@ def test_a_file_that_crashes_every_engine_is_set_aside(long_place: Installation,
                 os.kill(engine, signal.SIGSTOP)
                 for number in (1, 2):
                     long_place.drop(studio.say(SENTENCES[number]), f"{number}.wav")
-                daemon.wait_until(lambda ledger: ledger.counts()["ready"] == 2, "others wait behind it")
+                daemon.wait_until(settled(b"1.wav", b"2.wav"), "there are others")
             os.kill(engine, signal.SIGSEGV)
             os.kill(engine, signal.SIGCONT)
         row = daemon.wait_ended("poison.wav", "failed")
         for number in (1, 2):
-            daemon.wait_ended(f"{number}.wav")
+            assert daemon.wait_ended(f"{number}.wav")["attempts"] <= 2
             assert said_in(long_place, b"%d" % number) == SENTENCES[number]
         assert daemon.stop() == 0
     assert (row["attempts"], row["failure_code"], row["failure_kind"]) == (3, "worker_died", "transient")
@@ -327,13 +368,16 @@ def test_an_outbox_writer_that_dies_with_work_in_its_hands(place: Installation, 
 
 def test_a_watcher_that_dies_with_a_request_in_its_hands(place: Installation, studio: Studio, long_talk: Path) -> None:
     """The watcher is asked for a file and killed before it answers: the next one is asked at once, and no attempt is counted."""
+    place.write_config(engine=STEP_BY_STEP)
     with place.daemon() as daemon:
         place.drop(long_talk, "long.wav")
         daemon.wait_until(windows_kept(b"long.wav", 0), "the engine is busy")
         engine = daemon.child(ENGINE)
         os.kill(engine, signal.SIGSTOP)
+        place.drop(studio.say(SENTENCES[1]), "beside.wav")
+        daemon.wait_until(settled(b"beside.wav"), "its hands are full")
         place.drop(studio.say(SENTENCES[0]), "next.wav")
-        daemon.wait_until(lambda ledger: ledger.counts()["ready"] == 1, "the other waits")
+        daemon.wait_until(waits(b"next.wav"), "another waits")
         watcher = daemon.child(WATCHER)
         os.kill(watcher, signal.SIGSTOP)
         os.kill(engine, signal.SIGCONT)

@@ -166,7 +166,6 @@ def test_every_format_is_written(collection: Collection) -> None:
         assert {f"{base}.{name}" for name in FORMATS} <= files
 
 
-@pytest.mark.xfail(reason="the first audio track is taken, even when all that is said is in the second (FEATURES F18)")
 def test_the_track_with_speech_is_chosen(collection: Collection) -> None:
     """Two audio tracks, the first silent: the transcript is that of the second."""
     assert collection.transcript("derived/jfk_2_audio_tracks.mkv")["source"]["speech_s"] > 5.0

@@ -132,7 +132,7 @@ class Book:
         self.last = 0
         self.jobs: dict[int, Row] = {}
         self.events: dict[int, tuple[tuple[Any, ...], ...]] = {}
-        self.windows: dict[tuple[int, int], tuple[float, str]] = {}
+        self.windows: dict[tuple[int, int], tuple[float, str, str, bytes | None]] = {}
         self.names: dict[tuple[bytes, bytes], tuple[int, bytes, str]] = {}
         self.publications: dict[tuple[bytes, bytes], tuple[int, str, str, float]] = {}
         self.inboxes: dict[int, tuple[bytes, bytes]] = {}
@@ -223,12 +223,40 @@ class Book:
         self._move("claim", job, now, note=child, started_at=now, attempts=attempts, **lease, **NO_FAILURE)
 
     @whole
-    def checkpoint(self, job: int, child: str, window: Window, now: float, *, lease_s: float, duration_s: float | None) -> None:
+    def checkpoint(
+        self,
+        job: int,
+        child: str,
+        window: Window,
+        now: float,
+        *,
+        lease_s: float,
+        duration_s: float | None,
+        made_by: str,
+        front_end: bytes,
+    ) -> None:
         kept = {"lease_until": now + lease_s, "position_s": window.end_s, **known(duration_s)}
         self._move("checkpoint", job, now, child=child, interruptions=0, **kept)  # it got on: earlier deaths are forgotten
         if window.index < 0:
             raise Refused("illegal_move")
-        self.windows.setdefault((job, window.index), (window.end_s, json(window)))
+        self.windows.setdefault((job, window.index), (window.end_s, json(window), made_by, front_end or None))
+        before = (job, window.index - 1)
+        if before in self.windows:
+            self.windows[before] = (*self.windows[before][:3], None)
+
+    @whole
+    def drop_foreign_checkpoints(self, job: int, child: str, made_by: str, now: float) -> int:
+        self._require(job)
+        kept = [window for (owner, _), window in self.windows.items() if owner == job]
+        if all(window[2] == made_by for window in kept):
+            return 0
+        self._move("progress", job, now, child=child, position_s=0.0)
+        self._forget_windows(job)
+        return len(kept)
+
+    def renew(self, child: str, now: float, *, lease_s: float) -> None:
+        for row in [row for row in self.jobs.values() if (row["lease_child"], row["lease_epoch"]) == (child, self.epoch)]:
+            self._move("progress", row["id"], now, lease_until=now + lease_s)
 
     def progress(self, job: int, child: str, position_s: float, duration_s: float | None, now: float, *, lease_s: float) -> None:
         self._move("progress", job, now, child=child, lease_until=now + lease_s, position_s=position_s, **known(duration_s))
@@ -331,6 +359,7 @@ def new_row(job: int, inbox: int, sighting: Sighting, now: float) -> Row:
         **NO_LEASE,
         **NO_FAILURE,
         "reported_at": None,
+        "quality": None,
     }
 
 
@@ -349,6 +378,7 @@ def broken_laws(row: Row) -> list[str]:
         "only a failure is reported": row["reported_at"] is None or state == "failed",
         "ended has an end": (state in ENDED) == (row["ended_at"] is not None),
         "a known priority": row["priority"] in (0, 1, 2),
+        "a known verdict": row["quality"] in (None, "good", "second_pass", "doubtful"),
         "counts": row["attempts"] >= 0 and row["interruptions"] >= 0,
     }
     return [law for law, kept in laws.items() if not kept]
@@ -406,6 +436,8 @@ DOMAINS: dict[str, tuple[Any, ...]] = {
     "duration": (None, 60.0),
     "window": (0, 1, 2, -1),
     "take": (0, 1),
+    "maker": ("demo int8", "demo int8", "demo float32"),
+    "quality": ("good", "good", "second_pass", "doubtful", "excellent"),
     "failure": (0, 1, 2),
     "candidates": ((0,), (0, 1), (0, 1, 2), ()),
     "kind": ("transcript", "transcript", "error", "nonsense"),
@@ -421,12 +453,14 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "settle": ("job", "content", "options", "priority"),
     "vanish": ("job",),
     "claim": ("job", "child", "seconds"),
-    "checkpoint": ("job", "child", "window", "take", "seconds", "duration"),
+    "checkpoint": ("job", "child", "window", "take", "maker", "seconds", "duration"),
+    "drop_foreign_checkpoints": ("job", "child", "maker"),
+    "renew": ("child", "seconds"),
     "progress": ("job", "child", "seconds", "duration", "seconds"),
     "release": ("job", "child", "failure", "seconds"),
     "interrupt": ("job", "child"),
     "wait": ("job", "child", "failure", "seconds"),
-    "finish": ("job", "child", "seconds"),
+    "finish": ("job", "child", "seconds", "quality"),
     "fail": ("job", "child", "failure"),
     "reserve_name": ("job", "outbox", "candidates", "kind"),
     "avoid_name": ("job", "outbox", "base"),
@@ -454,12 +488,12 @@ FORWARD: dict[str, tuple[tuple[Any, ...], ...]] = {  # from each state, the move
         ("vanish",),
     ),
     "running": (
-        ("checkpoint", "holder", 0, 0, 2.5, 60.0),
-        ("checkpoint", "holder", 1, 1, 2.5, None),
+        ("checkpoint", "holder", 0, 0, "demo int8", 2.5, 60.0),
+        ("checkpoint", "holder", 1, 1, "demo int8", 2.5, None),
         ("progress", "holder", 2.5, 60.0, 600.0),
-        ("finish", "holder", 60.0),
-        ("finish", "holder", 2.5),
-        ("finish", "anna", 0.0),
+        ("finish", "holder", 60.0, "good"),
+        ("finish", "holder", 2.5, "doubtful"),
+        ("finish", "anna", 0.0, "second_pass"),
         ("fail", "holder", 0),
         ("fail", "holder", 1),
         ("release", "holder", 1, 2.5),
@@ -598,12 +632,20 @@ class World:
     def do_claim(self, which: int, child: str, lease_s: float) -> None:
         self.both("claim", self.job(which), self.child(child, self.job(which)), self.now, lease_s=lease_s)
 
-    def do_checkpoint(self, which: int, child: str, index: int, take: int, *until: float | None) -> None:
+    def do_checkpoint(self, which: int, child: str, index: int, take: int, made_by: str, *until: float | None) -> None:
         lease_s, duration_s = until
         said = Segment(start_s=0.0, end_s=1.5, text=f"žluťoučký\n\x00 {take}")
         window = Window(index=index, start_s=0.0, end_s=1.5 + index, language="cs", language_probability=0.9, segments=(said,))
         job = self.job(which)
-        self.both("checkpoint", job, self.child(child, job), window, self.now, lease_s=lease_s, duration_s=duration_s)
+        kept = {"made_by": made_by, "front_end": b"\xff\x00%d" % index if take else b""}
+        self.both("checkpoint", job, self.child(child, job), window, self.now, lease_s=lease_s, duration_s=duration_s, **kept)
+
+    def do_drop_foreign_checkpoints(self, which: int, child: str, made_by: str) -> None:
+        job = self.job(which)
+        self.both("drop_foreign_checkpoints", job, self.child(child, job), made_by, self.now)
+
+    def do_renew(self, child: str, lease_s: float) -> None:
+        self.both("renew", "anna" if child == "holder" else child, self.now, lease_s=lease_s)
 
     def do_progress(self, which: int, child: str, position_s: float, duration_s: float | None, lease_s: float) -> None:
         job = self.job(which)
@@ -621,9 +663,9 @@ class World:
         job = self.job(which)
         self.both("wait", job, self.child(child, job), FAILURES[failure], self.now, not_before=self.now + pause_s)
 
-    def do_finish(self, which: int, child: str, duration_s: float) -> None:
+    def do_finish(self, which: int, child: str, duration_s: float, quality: str) -> None:
         job = self.job(which)
-        result = {"transcript": f"{job}.json", "sha256": "ab", "language": "cs", "process_s": 1.5}
+        result = {"transcript": f"{job}.json", "sha256": "ab", "language": "cs", "process_s": 1.5, "quality": quality}
         self.both("finish", job, self.child(child, job), self.now, duration_s=duration_s, **result)
 
     def do_fail(self, which: int, child: str, failure: int) -> None:
@@ -710,7 +752,7 @@ class World:
         for job, *event in self.sql(f"SELECT {chosen} FROM event WHERE job_id IN ({among}) ORDER BY job_id, id"):
             history[job].append(tuple(event))
         assert history == {job: list(self.book.events[job]) for job in jobs}, self.log
-        windows = self.sql(f"SELECT job_id, window_index, end_s, body FROM checkpoint WHERE job_id IN ({among})")
+        windows = self.sql(f"SELECT job_id, window_index, end_s, body, made_by, front_end FROM checkpoint WHERE job_id IN ({among})")
         kept = {key: window for key, window in self.book.windows.items() if key[0] in history}
         assert {row[:2]: row[2:] for row in windows} == kept, self.log
         for row in rows:
@@ -876,7 +918,7 @@ def bring_to(ledger: Ledger, state: str, path: bytes) -> int:
     if state == "failed":
         ledger.fail(job, "anna", FAILURE, 4.0)
     if state in ("transcribed", "done"):
-        ledger.finish(job, "anna", 4.0, transcript="t.json", sha256="ab", duration_s=1.0, language="en", process_s=1.0)
+        ledger.finish(job, "anna", 4.0, transcript="t.json", sha256="ab", duration_s=1.0, language="en", process_s=1.0, quality="good")
     if state == "done":
         ledger.publish(job, b"/out", [(path + b".txt", "txt", "ab")], 5.0)
     return job
@@ -976,6 +1018,7 @@ def test_raw_inserts_begin_as_seen_or_are_refused(attacked: tuple[Ledger, dict[s
         ("transcribed", "verb = 'publish', state = 'done', ended_at = 1.0"),
         ("transcribed", "transcript = NULL"),
         ("done", "transcript = NULL"),
+        ("transcribed", "quality = 'excellent'"),
         ("failed", "failure_kind = NULL"),
         ("failed", "verb = 'report', failure_kind = 'bad luck'"),
         ("failed", "verb = 'retry', state = 'ready'"),
@@ -997,9 +1040,10 @@ def test_a_state_carries_its_own_fields(attacked: tuple[Ledger, dict[str, int]],
         "UPDATE OR REPLACE event SET id = id + 1000",
         "INSERT INTO event (job_id, at, verb, from_state, to_state, attempt, note) VALUES (4711, 1.0, 'see', '', 'seen', 0, '')",
         "UPDATE name SET kind = 'other'",
-        "INSERT INTO checkpoint SELECT id, 0, 1.0, '{}' FROM job WHERE state = 'ready'",
-        "INSERT OR IGNORE INTO checkpoint SELECT id, 0, 1.0, '{}' FROM job WHERE state = 'done'",
-        "INSERT INTO checkpoint SELECT id, 0, 1.0, 'no json' FROM job WHERE state = 'running'",
+        "INSERT INTO checkpoint SELECT id, 0, 1.0, '{}', '', NULL FROM job WHERE state = 'ready'",
+        "INSERT OR IGNORE INTO checkpoint SELECT id, 0, 1.0, '{}', '', NULL FROM job WHERE state = 'done'",
+        "INSERT INTO checkpoint SELECT id, 0, 1.0, 'no json', '', NULL FROM job WHERE state = 'running'",
+        "INSERT INTO vram_peak VALUES ('GPU-1', '570', 'small', 'float16', 8, 5, 3000, -1, 1.0)",
         "INSERT INTO publication VALUES (X'2F', X'41', 4711, 'txt', 'ab', 1.0)",
         "INSERT INTO plan (at, workers, reason) VALUES (1.0, 1, '')",
         "DELETE FROM inbox",

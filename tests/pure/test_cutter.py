@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from whisperd.engine import speech
 from whisperd.engine.audio import RATE_HZ
-from whisperd.engine.speech import FRAME, GAP_MAX_S, PAD_S, Cut, SpeechStream, WindowAudio, WindowCutter
+from whisperd.engine.speech import FRAME, GAP_MAX_S, PAD_S, Cut, CutterState, SpeechStream, WindowAudio, WindowCutter
 
 THRESHOLD = 0.5
 FRAMES_A_SECOND = RATE_HZ / FRAME
@@ -47,6 +48,10 @@ def test_windows_are_in_order_apart_and_short_enough(pieces: list[tuple[float, i
         assert ended <= cut.start < cut.end
         assert cut.end - cut.start <= window_s * RATE_HZ
         assert 0 < cut.speech <= cut.end - cut.start
+        assert cut.speech == sum(end - start for start, end in cut.stretches)
+        times = [time for stretch in cut.stretches for time in stretch]
+        assert times == sorted(times) and cut.start <= times[0] and times[-1] <= cut.end
+        assert all(start < end for start, end in cut.stretches)
         ended = cut.end
     assert ended <= len(probabilities) * FRAME
 
@@ -61,6 +66,8 @@ def test_every_frame_of_speech_is_in_a_window(pieces: list[tuple[float, int]], w
     spoken = {number for number, probability in enumerate(probabilities) if probability >= THRESHOLD}
     covered = {number for cut in cuts for number in range(cut.start // FRAME, cut.end // FRAME)}
     assert spoken <= covered
+    told = {number for cut in cuts for start, end in cut.stretches for number in range(start // FRAME, end // FRAME)}
+    assert spoken <= told
     pad = round(PAD_S * FRAMES_A_SECOND)
     onsets = {number for number in spoken if number - 1 not in spoken}
     assert {before for onset in onsets for before in range(max(0, onset - pad), onset)} <= covered
@@ -78,7 +85,7 @@ def test_the_last_window_ends_with_the_recording(pieces: list[tuple[float, int]]
     probabilities = frames_of(pieces)
     samples = max(0, len(probabilities) * FRAME - missing)
     cuts = cuts_of(probabilities, window_s=window_s, min_silence_s=0.5, samples=samples)
-    assert all(cut.end <= samples for cut in cuts)
+    assert all(cut.end <= samples and cut.stretches[-1][1] <= cut.end for cut in cuts)
 
 
 @given(stretches)
@@ -106,6 +113,29 @@ def test_sentences_share_a_window_while_they_fit() -> None:
     probabilities = ([0.9] * 60 + [0.1] * 25) * 10
     (only,) = cuts_of(probabilities, window_s=30.0, min_silence_s=0.5)
     assert only.end - only.start > 25 * RATE_HZ
+
+
+@settings(deadline=None)
+@given(stretches, window_lengths, min_silences, st.data())
+@example([(0.9, 120), (0.45, 1), (1.0, 400)], 5.0, 0.5, None)
+def test_a_cutter_goes_on_where_another_was(
+    pieces: list[tuple[float, int]], window_s: float, min_silence_s: float, data: st.DataObject | None
+) -> None:
+    """Interrupted anywhere, again and again: what one cutter knows is enough for the next, and the windows are the same."""
+    probabilities = frames_of(pieces)
+    options = {"threshold": THRESHOLD, "min_silence_s": min_silence_s, "window_s": window_s}
+    places = st.sets(st.integers(0, len(probabilities)), max_size=8)
+    interruptions = set(range(len(probabilities))) if data is None else data.draw(places)
+    cutter, made = WindowCutter(**options), []
+    for number, probability in enumerate(probabilities):
+        if number in interruptions:
+            kept = msgspec.msgpack.encode(cutter.state())
+            needed_from, cutter = cutter.needed_from, WindowCutter(**options, state=msgspec.msgpack.decode(kept, type=CutterState))
+            assert cutter.needed_from == needed_from
+        made += cutter.feed(float(np.float32(probability)))
+    made += cutter.end(len(probabilities) * FRAME)
+    exact = [float(np.float32(probability)) for probability in probabilities]
+    assert made == cuts_of(exact, window_s=window_s, min_silence_s=min_silence_s)
 
 
 # --- blocks of any size --------------------------------------------------------------------------------------------------------
@@ -145,7 +175,7 @@ def test_windows_are_the_same_whatever_the_blocks(pieces: list[tuple[float, int]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speech, "Silero", Told)
         whole, blocks = streamed(audio, [max(1, len(audio))]), streamed(audio, sizes)
-    assert [window[:3] for window in blocks] == [window[:3] for window in whole]
+    assert [window._replace(samples=None) for window in blocks] == [window._replace(samples=None) for window in whole]
     for window in blocks:
         place = slice(round(window.start_s * RATE_HZ), round(window.end_s * RATE_HZ))
         assert np.array_equal(window.samples, audio[place])

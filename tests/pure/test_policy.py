@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from whisperd.config import HealthSettings
-from whisperd.dispatcher import optimiser, queueing, retry
+from whisperd.dispatcher import optimiser, queueing, resume, retry
+from whisperd.dispatcher.counters import Counters
 from whisperd.dispatcher.delivery import error_text, names
 from whisperd.health.checks import CHECKS, Observation, judge
 from whisperd.health.heals import CoolDown
 from whisperd.report import status
-from whisperd.vocabulary import Failure, FailureKind, Reading
+from whisperd.vocabulary import Failure, FailureKind, JobOptions, Reading, Window
+from whisperd.wire import BatchDone, EngineReady, Transcribe
 
 # --- who is next -----------------------------------------------------------------------------------------------------------------
 
 
-def row(job: int, *, priority: int = 1, ready_at: float = 0.0, inbox: int = 1) -> dict[str, Any]:
-    return {"id": job, "priority": priority, "ready_at": ready_at, "inbox_id": inbox}
+def row(
+    job: int, *, priority: int = 1, ready_at: float = 0.0, inbox: int = 1, attempts: int = 0, code: str | None = None
+) -> dict[str, Any]:
+    kind = {None: None, "source_down": "waiting"}.get(code, "transient")
+    failed = {"attempts": attempts, "failure_kind": kind, "failure_code": code}
+    return {"id": job, "priority": priority, "ready_at": ready_at, "inbox_id": inbox, **failed}
 
 
 def test_urgent_goes_first_then_first_come() -> None:
@@ -46,6 +53,117 @@ def test_nothing_starves(arrivals: list[tuple[int, float]]) -> None:
     newer = [row(n, priority=p, ready_at=3 * queueing.AGING_S + at) for n, (p, at) in enumerate(arrivals, start=1)]
     now = max(r["ready_at"] for r in newer)
     assert queueing.next_job([*newer, old], now, inboxes={1}) == old
+
+
+# --- and to whom -----------------------------------------------------------------------------------------------------------------
+
+
+def seat(engine: int, tasks: int, slots: int = 4, *, suspect: bool = False) -> queueing.Seat:
+    return queueing.Seat(engine, tasks, slots - tasks, suspect)
+
+
+def handed(ready: list[dict[str, Any]], *seats: queueing.Seat) -> tuple[int, int] | None:
+    """(job, engine) of the next one handed out."""
+    chosen = queueing.hand_out(ready, seats, 1.0, inboxes={1})
+    return None if chosen is None else (chosen[0]["id"], chosen[1].engine)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "code", "suspected"),
+    [
+        (0, None, False),  # new
+        (0, "source_down", False),  # waited for its share
+        (1, "worker_died", True),
+        (2, "worker_died", True),
+        (1, None, True),  # died, ran alone, and the daemon was killed
+        (1, "source_down", True),  # died, and then its share was away
+        (1, "engine_error", False),  # failed by itself: everybody knows who it was
+    ],
+)
+def test_who_is_suspected(attempts: int, code: str | None, suspected: bool) -> None:
+    """Who may have killed a worker is told by the row alone, whatever came since."""
+    assert queueing.suspect(row(1, attempts=attempts, code=code)) is suspected
+
+
+def test_the_roomiest_engine_is_next() -> None:
+    """The engine with most free slots gets the job; full ones, those that are not ready and those with a suspect get none."""
+    ready = [row(1), row(2)]
+    assert handed(ready, seat(1, 3), seat(2, 1), seat(3, 2)) == (1, 2)
+    assert handed(ready, seat(1, 4), seat(2, 0, slots=0)) is None
+    assert handed(ready, seat(1, 1, suspect=True)) is None
+    assert handed([], seat(1, 0)) is None
+
+
+def test_a_suspect_gets_an_empty_engine_or_makes_one() -> None:
+    """A suspect goes to an engine without tasks. While there is none nobody overtakes it, unless another suspect runs already."""
+    suspect, other = row(1, attempts=1, code="worker_died"), row(2, ready_at=5.0)
+    assert handed([suspect, other], seat(1, 1, slots=32), seat(2, 0)) == (1, 2)
+    assert handed([suspect, other], seat(1, 1), seat(2, 3)) is None
+    assert handed([suspect, other], seat(1, 1), seat(2, 1, suspect=True)) == (2, 1)
+    assert handed([other, row(3, ready_at=9.0, attempts=1)], seat(1, 1)) == (2, 1), "one that came first is not overtaken by it either"
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.floats(0, 9)), max_size=12),
+    st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=4),
+)
+def test_suspects_are_alone_whatever_comes(jobs: list[tuple[bool, float]], engines: list[tuple[int, bool]]) -> None:
+    """Handing out until nothing more goes: no suspect is ever beside another job, no engine has more than its slots, and an empty
+    engine stays empty only when nothing is left for it."""
+    ready = [row(number, attempts=int(bad), ready_at=at) for number, (bad, at) in enumerate(jobs)]
+    seats = [seat(number, 1 if bad else tasks, suspect=bad) for number, (tasks, bad) in enumerate(engines)]
+    while (chosen := queueing.hand_out(ready, seats, 1.0, inboxes={1})) is not None:
+        job, taken = chosen
+        assert taken.free > 0 and not taken.suspect
+        bad = queueing.suspect(job)
+        assert not bad or taken.tasks == 0
+        ready.remove(job)
+        seats[taken.engine] = seat(taken.engine, taken.tasks + 1, suspect=bad)
+    assert not ready or not any(seat.tasks == 0 for seat in seats)
+
+
+# --- where it goes on ------------------------------------------------------------------------------------------------------------
+
+ENGINE = EngineReady(
+    model="small", revision="abc", device="cpu", compute_type="int8", encoder="ctranslate2", slots=8, load_s=0.1, rss_mib=100
+)
+SOURCE = {"size": 100, "mtime_ns": 7}
+
+
+def window(index: int) -> Window:
+    return Window(
+        index=index,
+        start_s=30.0 * index,
+        end_s=30.0 * index + 30,
+        language="cs",
+        language_probability=0.9,
+        segments=(),
+    )
+
+
+def test_a_fingerprint_changes_with_all_that_the_text_depends_on() -> None:
+    """Model, revision, device, precision, encoder, every option, size and time of the source: each gives another fingerprint. How
+    many windows share a batch, and how long it took to load, do not."""
+    options = JobOptions()
+    prints = [resume.fingerprint(ENGINE, options, SOURCE)]
+    assert resume.fingerprint(msgspec.structs.replace(ENGINE, slots=2, load_s=9.0, rss_mib=1), options, {**SOURCE, "inode": 3}) == prints[0]
+    for name in ("model", "revision", "device", "compute_type", "encoder"):
+        prints.append(resume.fingerprint(msgspec.structs.replace(ENGINE, **{name: "other"}), options, SOURCE))
+    for name in JobOptions.__struct_fields__:
+        prints.append(resume.fingerprint(ENGINE, msgspec.structs.replace(options, **{name: "other"}), SOURCE))
+    prints += [resume.fingerprint(ENGINE, options, {**SOURCE, name: 8}) for name in SOURCE]
+    assert len(set(prints)) == len(prints)
+
+
+def test_a_job_without_windows_begins_at_the_beginning() -> None:
+    """Nothing kept, nothing told."""
+    assert resume.transcribe(7, JobOptions(), [], b"left over") == Transcribe(job=7, options=JobOptions())
+
+
+def test_a_job_goes_on_after_its_last_window() -> None:
+    """Where the windows end, and from which state."""
+    work = resume.transcribe(7, JobOptions(), [window(0), window(1), window(2)], b"state")
+    assert (work.windows_done, work.position_s, work.front_end) == (3, 90.0, b"state")
 
 
 # --- what a failure means --------------------------------------------------------------------------------------------------------
@@ -81,11 +199,12 @@ def test_jitter_only_shortens(attempt: int, chance: float) -> None:
     assert 0.8 * calm - 1e-9 <= backoff.pause_s(attempt, chance) <= calm
 
 
-@given(st.sampled_from(FailureKind), st.integers(1, 10), st.booleans())
-def test_verdicts(kind: FailureKind, attempts: int, at_once: bool) -> None:
-    """Permanent fails, waiting waits without an attempt, transient is retried until the attempts are used up."""
+@given(st.sampled_from(FailureKind), st.integers(1, 10), st.booleans(), st.booleans())
+def test_verdicts(kind: FailureKind, attempts: int, at_once: bool, shared: bool) -> None:
+    """Permanent fails, waiting waits without an attempt, transient is retried until the attempts are used up; a failure shared with
+    others is never the last word."""
     verdict = retry.after_failure(
-        failure(kind), attempts=attempts, attempts_max=3, now=100.0, backoff=retry.Backoff(), chance=0.0, at_once=at_once
+        failure(kind), attempts=attempts, attempts_max=3, now=100.0, backoff=retry.Backoff(), chance=0.0, at_once=at_once, shared=shared
     )
     match kind:
         case FailureKind.WAITING:
@@ -93,7 +212,7 @@ def test_verdicts(kind: FailureKind, attempts: int, at_once: bool) -> None:
         case FailureKind.PERMANENT:
             assert verdict == retry.Fail()
         case FailureKind.TRANSIENT:
-            assert (verdict == retry.Fail()) == (attempts >= 3)
+            assert (verdict == retry.Fail()) == (attempts >= 3 and not shared)
             if isinstance(verdict, retry.Retry):
                 assert verdict.not_before == 100.0 if at_once else verdict.not_before > 100.0
 
@@ -131,6 +250,11 @@ def test_what_is_configured_is_not_overruled() -> None:
     """A named model, device and precision are taken as they are."""
     hardware = optimiser.hardware_of([gpu(24_000)], cores=2, memory_mib=1)
     assert optimiser.choose("demo", "cpu", "float32", hardware)[:3] == ("demo", "cpu", "float32")
+
+
+def test_a_batch_fits_its_device() -> None:
+    """Few windows on a CPU, more on a GPU, unless the operator says how many."""
+    assert [optimiser.batch_of(0, "cpu"), optimiser.batch_of(0, "cuda"), optimiser.batch_of(3, "cuda")] == [4, 16, 3]
 
 
 def test_the_plan_says_why() -> None:
@@ -228,6 +352,23 @@ def test_a_heal_fires_once_and_cools_down() -> None:
     assert fired == [True, False, True, False, True]
 
 
+EMPTY_STATUS: dict[str, Any] = {
+    "at": 0.0,
+    "daemon": {"running": False},
+    "waits_for": None,
+    "outboxes_down": [],
+    "model": None,
+    "batches": None,
+    "counts": {},
+    "quality": {"good": 5, "second_pass": 1, "doubtful": 0},
+    "running": [],
+    "last_hour": {"done": 0, "failed": 0, "audio_s": 0.0, "working_s": 0.0},
+    "gpus": [],
+    "plan": None,
+    "inboxes": [],
+    "alerts": [],
+}
+
 # --- the desk --------------------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +378,24 @@ def test_status_line_is_useful_and_short() -> None:
     line = status.status_line(counts, running=1, waits_for="the model is absent", down=["share away"])
     assert line == "1 running, 3 waiting, 1 to publish, 5 done, 1 failed; waiting: the model is absent; share away"
     assert len(status.status_line(counts, running=1, waits_for="x" * 1000, down=[])) <= 400
+
+
+def test_the_batches_in_a_line() -> None:
+    """How full the batches were, how often the encoder ran, how often memory ran out."""
+    usual = {"limit": 4, "beam": 5, "frames": 3000, "took_s": 1.0, "rss_mib": 1}
+    sums = Counters()
+    for windows in (4, 4, 3):
+        sums = sums.plus(BatchDone(windows=windows, encoded=windows, encoded_needed=windows, **usual))
+    shown = {**EMPTY_STATUS, "batches": sums.told()}
+    assert "11 windows in 3 batches (mean 3.7 of 4), encoder 1.00 per window, 0 out of memory" in status.render(shown)
+    assert "batches" not in status.render({**EMPTY_STATUS, "batches": Counters().told()})
+
+
+def test_doubtful_transcripts_are_said() -> None:
+    """One line when there are any, none otherwise."""
+    assert "doubtful" not in status.render(EMPTY_STATUS)
+    shown = {**EMPTY_STATUS, "quality": {"good": 5, "second_pass": 1, "doubtful": 2}}
+    assert "2 of the files that are done" in status.render(shown)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (61, "1 min 01 s"), (3725, "1 h 02 min")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from whisperd.outbox.failures import BadName, UnknownFormat
 from whisperd.outbox.names import NAME_BYTES_MAX, components, fit_name, temporary
 from whisperd.outbox.publish import Action, decide
 from whisperd.outbox.render import FORMATS, one_line, render, timestamp
-from whisperd.vocabulary import JobOptions, Segment, Summary, Transcript, Word
+from whisperd.vocabulary import JobOptions, Quality, Segment, Summary, Transcript, Word
 
 NASTY = [
     "00:00:01,000 --> 00:00:02,000",
@@ -37,6 +38,7 @@ NASTY = [
 
 texts = st.one_of(st.sampled_from(NASTY), st.text(st.characters(exclude_categories=())), st.text("-> \n\r&<;0:,."))
 times = st.floats(0, 400_000, allow_nan=False)
+speakers = st.sampled_from(["", "Anna", "Channel 2", *NASTY])
 words = st.builds(Word, start_s=times, end_s=times, text=texts, probability=st.floats(0, 1))
 segments = st.builds(
     Segment,
@@ -47,6 +49,7 @@ segments = st.builds(
     no_speech_prob=st.floats(0, 1),
     compression_ratio=st.floats(0, 9),
     temperature=st.sampled_from([0.0, 0.2]),
+    speaker=speakers,
     words=st.lists(words, max_size=2).map(tuple),
 )
 
@@ -92,6 +95,12 @@ class Cue:
     start_ms: int
     end_ms: int
     text: str
+    speaker: str = ""
+
+    @property
+    def said(self) -> str:
+        """The text as srt and tsv write it: they have no place of their own for the speaker."""
+        return f"{self.speaker}: {self.text}" if self.speaker else self.text
 
 
 def read_timing(line: str, comma: str) -> tuple[int, int]:
@@ -130,9 +139,14 @@ def read_vtt(data: bytes) -> list[Cue]:
     found = []
     for block in blocks:
         timing, line = block.split("\n")
-        assert re.fullmatch("(?:[^&<>]|&amp;|&lt;|&gt;)+", read_text(line))
-        found.append(Cue(*read_timing(timing, "\\."), line.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")))
+        read = re.fullmatch("(?:<v ((?:[^&<>]|&amp;|&lt;|&gt;)+)>)?((?:[^&<>]|&amp;|&lt;|&gt;)+)", read_text(line))
+        assert read, line
+        found.append(Cue(*read_timing(timing, "\\."), unescaped(read[2]), unescaped(read[1] or "")))
     return found
+
+
+def unescaped(text: str) -> str:
+    return text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
 
 
 def read_tsv(data: bytes) -> list[Cue]:
@@ -145,9 +159,14 @@ def read_tsv(data: bytes) -> list[Cue]:
     return found
 
 
-def runs_forward(found: list[Cue]) -> bool:
-    """Whether the cues run as the WebVTT specification asks: each ends after its start, and none lies over the next."""
-    return all(cue.start_ms < cue.end_ms for cue in found) and all(one.end_ms <= two.start_ms for one, two in pairwise(found))
+def runs_forward(found: list[Cue], speakers: Iterable[str] = ()) -> bool:
+    """Whether the cues run as the WebVTT specification asks: each ends after its start, they begin in order, and none lies over the next
+    one of the same speaker (`speakers` where the format does not tell)."""
+    by_speaker: dict[str, list[Cue]] = {}
+    for cue, speaker in zip(found, speakers or (cue.speaker for cue in found), strict=True):
+        by_speaker.setdefault(speaker, []).append(cue)
+    alone = all(one.end_ms <= two.start_ms for own in by_speaker.values() for one, two in pairwise(own))
+    return alone and all(cue.start_ms < cue.end_ms for cue in found) and all(one.start_ms <= two.start_ms for one, two in pairwise(found))
 
 
 # --- claims --------------------------------------------------------------------------------------------------------------------
@@ -166,7 +185,7 @@ def test_what_each_format_looks_like() -> None:
 def test_json_carries_text_and_provenance() -> None:
     """The json format says what was transcribed, with what, and how sure the decoder was (F102)."""
     made = json.loads(render(TWO, "json"))
-    assert list(made) == ["schema", "source", "engine", "options", "language", "language_probability", "text", "segments"]
+    assert list(made) == ["schema", "source", "engine", "options", "language", "language_probability", "quality", "text", "segments"]
     assert made["schema"] == "whisperd.transcript/1"
     assert made["source"] == {
         "name": "talk.opus",
@@ -176,6 +195,9 @@ def test_json_carries_text_and_provenance() -> None:
         "sha256": "ab" * 32,
         "container": "matroska,webm",
         "codec": "opus",
+        "track": 1,
+        "tracks": 1,
+        "channels": 1,
         "duration_s": 61.25,
         "speech_s": 40.5,
     }
@@ -185,7 +207,9 @@ def test_json_carries_text_and_provenance() -> None:
         "model_revision": "f0fe81560cb8",
         "device": "cuda:0",
         "compute_type": "float16",
+        "encoder": "ctranslate2",
     }
+    assert made["quality"] == {"verdict": "good", "windows": 0, "second_pass": 0, "doubtful": 0, "complaints": [], "doubts": []}
     assert made["options"] == json.loads(msgspec.json.encode(TWO.options))
     assert made["text"] == "Hello & <welcome>\na --> b"
     first, second = made["segments"]
@@ -224,14 +248,19 @@ def test_years_without_a_calendar() -> None:
 @given(st.lists(segments, max_size=6))
 @example([Segment(start_s=0, end_s=1, text=text) for text in NASTY])
 def test_strict_readers_read_back_every_text(made: list[Segment]) -> None:
-    """Whatever was heard, srt, vtt and tsv stay well-formed, carry the same lines as txt, and their cues run forward."""
+    """Whatever was heard and whoever said it, srt, vtt and tsv are well-formed, carry the same lines as txt, and their cues run forward."""
     whole = transcript(*made)
-    lines = [line for segment in made if (line := one_line(segment.text).strip())]
-    assert render(whole, "txt").decode() == "".join(f"{line}\n" for line in lines)
+    lines = [(one_line(segment.speaker).strip(), line) for segment in made if (line := one_line(segment.text).strip())]
+    names = [name for name, _ in lines]
+    said = [f"{name}: {line}" if name else line for name, line in lines]
+    changes = [name != before for before, name in pairwise(["", *names])]
+    told = [full if change else line for change, full, (_, line) in zip(changes, said, lines, strict=True)]
+    assert render(whole, "txt").decode() == "".join(f"{line}\n" for line in told)
     srt, vtt, tsv = read_srt(render(whole, "srt")), read_vtt(render(whole, "vtt")), read_tsv(render(whole, "tsv"))
-    assert [cue.text for cue in vtt] == [cue.text for cue in tsv] == lines
-    assert [cue.text for cue in srt] == [re.sub("-{2,}>", "->", line) for line in lines]
-    assert runs_forward(srt) and runs_forward(vtt) and runs_forward(tsv)
+    assert [(cue.speaker, cue.text) for cue in vtt] == lines
+    assert [cue.said for cue in vtt] == [cue.text for cue in tsv] == said
+    assert [cue.text for cue in srt] == [re.sub("-{2,}>", "->", line) for line in said]
+    assert runs_forward(srt, names) and runs_forward(vtt) and runs_forward(tsv, names)
 
 
 @settings(max_examples=100, deadline=None)
@@ -249,7 +278,7 @@ def test_json_is_strict_and_complete(made: list[Segment], source: str) -> None:
 @given(st.lists(segments.filter(lambda segment: segment.text.isascii()), max_size=4))
 def test_the_same_transcript_gives_the_same_bytes(made: list[Segment]) -> None:
     """After the journey through the staged file the bytes are the same: the outbox knows its own files by that."""
-    made = [msgspec.structs.replace(segment, words=()) for segment in made]
+    made = [msgspec.structs.replace(segment, words=(), speaker="Anna") for segment in made]
     whole = transcript(*made)
     again = msgspec.json.decode(msgspec.json.encode(whole), type=Transcript)
     assert {name: render(whole, name) for name in FORMATS} == {name: render(again, name) for name in FORMATS}
@@ -261,6 +290,50 @@ def test_overlapping_and_instant_segments() -> None:
         Segment(start_s=0, end_s=5, text="long"), Segment(start_s=3, end_s=3, text="now"), Segment(start_s=3, end_s=2, text="back")
     )
     assert read_srt(render(made, "srt")) == [Cue(0, 3000, "long"), Cue(3000, 3001, "now"), Cue(3001, 3002, "back")]
+
+
+def test_speakers_are_named_and_may_talk_at_once() -> None:
+    """Each format says who speaks: txt where that changes, srt and tsv on every cue, vtt as voices, json as a field. A cue is cut short
+    by the next one of its own speaker only."""
+    made = transcript(
+        Segment(start_s=0, end_s=5, text="one", speaker="Anna"),
+        Segment(start_s=2, end_s=3, text="two", speaker="B & <C>"),
+        Segment(start_s=4, end_s=6, text="three", speaker="Anna"),
+        Segment(start_s=6, end_s=7, text="four", speaker="Anna"),
+        Segment(start_s=8, end_s=9, text="five"),
+    )
+    assert render(made, "txt").decode().splitlines() == ["Anna: one", "B & <C>: two", "Anna: three", "four", "five"]
+    assert read_vtt(render(made, "vtt")) == [
+        Cue(0, 4000, "one", "Anna"),
+        Cue(2000, 3000, "two", "B & <C>"),
+        Cue(4000, 6000, "three", "Anna"),
+        Cue(6000, 7000, "four", "Anna"),
+        Cue(8000, 9000, "five"),
+    ]
+    assert b"\n<v B &amp; &lt;C&gt;>two\n" in render(made, "vtt")
+    assert [cue.text for cue in read_srt(render(made, "srt"))] == ["Anna: one", "B & <C>: two", "Anna: three", "Anna: four", "five"]
+    assert read_tsv(render(made, "tsv"))[1] == Cue(2000, 3000, "B & <C>: two")
+    read = json.loads(render(made, "json"))
+    assert [segment.get("speaker") for segment in read["segments"]] == ["Anna", "B & <C>", "Anna", "Anna", None]
+    assert read["text"] == render(made, "txt").decode().strip()
+
+
+def test_json_marks_what_is_doubtful() -> None:
+    """The verdict on the whole, how many windows stand for it and why; each doubtful segment says what speaks against it, no other does."""
+    doubted = msgspec.structs.replace(TWO.segments[1], doubts=("repetition",))
+    quality = Quality(verdict="doubtful", windows=3, second_pass=1, doubtful=1, complaints=("repetition",))
+    cut_off = msgspec.structs.replace(SUMMARY, doubts=("3.0 s of the 61.3 s are missing",))
+    made = msgspec.structs.replace(transcript(TWO.segments[0], doubted), quality=quality, summary=cut_off)
+    read = json.loads(render(made, "json"))
+    assert read["quality"] == {
+        "verdict": "doubtful",
+        "windows": 3,
+        "second_pass": 1,
+        "doubtful": 1,
+        "complaints": ["repetition"],
+        "doubts": ["3.0 s of the 61.3 s are missing"],
+    }
+    assert [segment.get("doubts") for segment in read["segments"]] == [None, ["repetition"]]
 
 
 def test_recordings_of_more_than_a_hundred_runs_forward() -> None:

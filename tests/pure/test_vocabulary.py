@@ -7,7 +7,22 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from whisperd.vocabulary import LIVE, Failure, FailureKind, JobOptions, Segment, Sighting, State, Summary, Transcript, Window, assemble
+from whisperd.vocabulary import (
+    LIVE,
+    Failure,
+    FailureKind,
+    JobOptions,
+    Quality,
+    Segment,
+    Sighting,
+    State,
+    Summary,
+    Transcript,
+    Verdict,
+    Window,
+    assemble,
+    quality_of,
+)
 
 SUMMARY = Summary(
     duration_s=100.0,
@@ -74,6 +89,41 @@ def test_provenance_travels_along() -> None:
     assert (transcript.source, transcript.size, transcript.mtime_ns) == ("talk.wav", 7, 9)
     assert (transcript.options, transcript.summary) == (JobOptions(language="en"), SUMMARY)
     assert transcript.schema == "whisperd.transcript/1"
+
+
+def test_speakers_are_told_as_they_spoke() -> None:
+    """Windows of two channels: the text is in the order of the recording, not channel after channel."""
+    left = Window(
+        index=0,
+        start_s=0.0,
+        end_s=30.0,
+        language="en",
+        language_probability=1.0,
+        segments=(Segment(start_s=0, end_s=1, text="a", speaker="Anna"), Segment(start_s=9, end_s=10, text="c", speaker="Anna")),
+    )
+    right = msgspec.structs.replace(left, index=1, channel=1, segments=(Segment(start_s=5, end_s=6, text="b", speaker="Bert"),))
+    assert [(segment.speaker, segment.text) for segment in put_together(left, right).segments] == [
+        ("Anna", "a"),
+        ("Bert", "b"),
+        ("Anna", "c"),
+    ]
+
+
+def test_the_worst_window_is_the_verdict() -> None:
+    """One doubtful window makes a doubtful transcript; a second pass that helped is told as such; a recording that may be cut off is
+    doubtful however good its text looks."""
+
+    def judged(*verdicts: Verdict, doubts: tuple[str, ...] = ()) -> Quality:
+        return quality_of([msgspec.structs.replace(window(number), verdict=verdict) for number, verdict in enumerate(verdicts)], doubts)
+
+    second, bad = Verdict(quality="second_pass", passes=2), Verdict(quality="doubtful", passes=7, complaints=("repetition", "coverage"))
+    assert judged(Verdict(), Verdict()) == Quality(windows=2)
+    assert judged(Verdict(), second) == Quality(verdict="second_pass", windows=2, second_pass=1)
+    assert judged(second, bad, Verdict()) == Quality(
+        verdict="doubtful", windows=3, second_pass=1, doubtful=1, complaints=("coverage", "repetition")
+    )
+    assert judged(Verdict(), doubts=("3 s are missing",)).verdict == "doubtful"
+    assert judged() == Quality()
 
 
 WINDOWS = st.lists(

@@ -10,23 +10,26 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 from recordings import SENTENCES, Studio, cut, need_tools, run, samples_of, wav_header, write_wav
 
-from whisperd.engine.audio import DEMUXERS, RATE_HZ, Caps, MediaDamaged, MediaRefused, Recording, Source, behind_id3, looks_like, sha256_of
+from whisperd.engine.audio import DEMUXERS, RATE_HZ, Caps, MediaDamaged, MediaRefused, Recording, Source, sha256_of
+from whisperd.engine.container import behind_id3, frame_bytes, looks_like
+from whisperd.engine.tracks import open_recording
 
 USUAL = Caps(duration_max_s=3600.0, channels_max=8, rate_max_hz=192_000)
 TEXT = SENTENCES[2]
 
 
 @contextmanager
-def opened(path: Path, caps: Caps = USUAL) -> Iterator[Recording]:
+def opened(path: Path, caps: Caps = USUAL, **choice: Any) -> Iterator[Recording]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        recording = Recording(descriptor, caps)
+        recording = open_recording(descriptor, caps, **choice)
         try:
             yield recording
         finally:
@@ -35,13 +38,20 @@ def opened(path: Path, caps: Caps = USUAL) -> Iterator[Recording]:
         os.close(descriptor)
 
 
-def heard(path: Path, caps: Caps = USUAL) -> np.ndarray:
-    """All samples of a recording. Raises MediaRefused, MediaDamaged."""
-    with opened(path, caps) as recording:
-        blocks = list(recording.blocks())
-        samples = np.concatenate(blocks)
+def heard(path: Path, caps: Caps = USUAL, **choice: Any) -> np.ndarray:
+    """All samples of a recording, mixed. Raises MediaRefused, MediaDamaged."""
+    with opened(path, caps, **choice) as recording:
+        (samples,) = np.concatenate(list(recording.blocks()), axis=1)
         assert recording.duration_s == len(samples) / RATE_HZ
         return samples
+
+
+def doubts(path: Path) -> tuple[str, ...]:
+    """What is doubtful about a recording that is read to its end."""
+    with opened(path) as recording:
+        for _ in recording.blocks():
+            pass
+        return recording.doubts
 
 
 def length_s(path: Path) -> float:
@@ -57,8 +67,8 @@ def test_samples_are_those_of_the_file(studio: Studio) -> None:
     with opened(path) as recording:
         blocks = list(recording.blocks())
     assert all(block.dtype == np.float32 and abs(block).max() <= 1.0 for block in blocks)
-    assert all(2 * RATE_HZ <= len(block) < 3 * RATE_HZ for block in blocks[:-1])
-    assert np.array_equal(np.concatenate(blocks), np.frombuffer(samples_of(path), dtype=np.int16).astype(np.float32) / 32768.0)
+    assert all(len(block) == 1 and 2 * RATE_HZ <= block.shape[1] <= 3 * RATE_HZ for block in blocks[:-1])
+    assert np.array_equal(np.concatenate(blocks, axis=1)[0], np.frombuffer(samples_of(path), dtype=np.int16).astype(np.float32) / 32768.0)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +172,166 @@ def test_a_shared_descriptor_is_read_from_its_beginning(studio: Studio) -> None:
     lengths = []
     for _ in range(2):
         recording = Recording(descriptor, USUAL)
-        lengths.append(sum(map(len, recording.blocks())))
+        lengths.append(sum(block.shape[1] for block in recording.blocks()))
         recording.close()
     os.close(descriptor)
     assert lengths[0] == lengths[1] > 0
+
+
+# --- the very samples of faster-whisper -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [
+        (".wav", ("-ar", "44100", "-ac", "2")),
+        (".flac", ("-ar", "96000", "-ac", "6")),
+        (".mp3", ("-ar", "44100", "-ac", "2")),
+        (".m4a", ("-c:a", "aac", "-ar", "48000")),
+        (".ogg", ("-c:a", "libvorbis", "-ar", "22050")),
+        (".opus", ("-c:a", "libopus")),
+        (".tta", ("-ar", "8000")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_samples_are_those_that_faster_whisper_decodes(suffix: str, options: tuple[str, ...], studio: Studio, tmp_path: Path) -> None:
+    """Bit for bit, whatever codec, rate and channels: what differs in a transcript is not for the decoder to explain."""
+    from faster_whisper.audio import decode_audio
+
+    path = tmp_path / f"long{suffix}"
+    run("ffmpeg", "-loglevel", "error", "-i", studio.long(SENTENCES[:8]), *options, path)
+    assert np.array_equal(heard(path), decode_audio(str(path)))
+
+
+# --- channels ------------------------------------------------------------------------------------------------------------------
+
+
+def two_voices(studio: Studio, path: Path, *options: str) -> Path:
+    """One sentence on the left, another on the right, one after the other."""
+    graph = "[0]apad=pad_dur=4[l];[1]adelay=4000[r];[l][r]join=inputs=2:channel_layout=stereo"
+    run("ffmpeg", "-loglevel", "error", "-i", studio.say(SENTENCES[0]), "-i", studio.say(TEXT), "-filter_complex", graph, *options, path)
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "options"), [(".wav", ("-ar", "44100")), (".mp3", ()), (".m4a", ("-c:a", "aac"))])
+def test_channels_are_kept_apart(suffix: str, options: tuple[str, ...], studio: Studio, tmp_path: Path) -> None:
+    """With `split_channels` each channel comes by itself, whatever the codec: what is said on the left is not on the right."""
+    stereo = two_voices(studio, tmp_path / f"two{suffix}", *options)
+    with opened(stereo, split_channels=True) as recording:
+        assert recording.channels == 2
+        left, right = np.concatenate(list(recording.blocks()), axis=1)
+    third = len(left) // 3
+    assert np.abs(left[:third]).max() > 0.1 > 100 * np.abs(right[:third]).max()
+    assert np.abs(right[-third:]).max() > 0.1 > 100 * np.abs(left[-third:]).max()
+    assert abs(np.concatenate(list(_blocks(stereo)), axis=1)[0] - (left + right) / 2).max() < 1e-3
+
+
+def _blocks(path: Path, **choice: Any) -> list[np.ndarray]:
+    with opened(path, **choice) as recording:
+        return list(recording.blocks())
+
+
+def test_one_voice_on_two_channels_is_heard_once(studio: Studio) -> None:
+    """Dual mono, as most "stereo" is: the second channel is silence. What has one channel gives one."""
+    double = np.concatenate(_blocks(studio.encode(TEXT, ".wav", ("-ac", "2")), split_channels=True), axis=1)
+    mono = heard(studio.say(TEXT))
+    assert double.shape == (2, len(mono)) and not double[1].any()
+    assert np.abs(double[0]).max() == pytest.approx(np.abs(mono).max(), rel=0.5)
+    (single,) = np.concatenate(_blocks(studio.say(TEXT), split_channels=True), axis=1)
+    assert np.array_equal(single, mono)
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(1, 1), (2, 2), (3, 3), (6, 6), (8, 8), (12, 1)])
+def test_up_to_eight_channels_are_kept_apart(channels: int, kept: int, studio: Studio, tmp_path: Path) -> None:
+    """Also where the file names no loudspeakers for them; more than eight are mixed."""
+    sound = np.frombuffer(samples_of(studio.say(TEXT)), dtype=np.int16)
+    shifted = np.stack([np.roll(sound, 3000 * number) for number in range(channels)], axis=1)
+    path = write_wav(tmp_path / "many.wav", shifted.tobytes(), channels=channels)
+    with opened(path, USUAL._replace(channels_max=16), split_channels=True) as recording:
+        assert recording.channels == kept
+        together = np.concatenate(list(recording.blocks()), axis=1)
+    assert together.shape == (kept, len(sound))
+    if kept == channels:
+        assert np.array_equal(together, shifted.T.astype(np.float32) / 32768.0)
+
+
+def test_a_film_changes_from_stereo_to_mono(studio: Studio, tmp_path: Path) -> None:
+    """Kept apart, there are as many channels as at the beginning to the end."""
+    pieces = [studio.encode(TEXT, ".mp3", ("-c:a", "libmp3lame", "-ar", "48000", "-ac", count)) for count in ("2", "1")]
+    joined = tmp_path / "joined.mp3"
+    joined.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+    assert {block.shape[0] for block in _blocks(joined, split_channels=True)} == {2}
+
+
+# --- which track ---------------------------------------------------------------------------------------------------------------
+
+
+def with_tracks(path: Path, *tracks: tuple[Path, str], default: int = 0) -> Path:
+    """A container with these recordings as tracks, each with a language tag."""
+    command: list[str | Path] = ["ffmpeg", "-loglevel", "error"]
+    for sound, _ in tracks:
+        command += ["-i", sound]
+    for number, (_, language) in enumerate(tracks):
+        command += ["-map", f"{number}:a", f"-metadata:s:a:{number}", f"language={language}"]
+        command += [f"-disposition:a:{number}", "default" if number == default else "0"]
+    run(*command, "-c:a", "aac", path)
+    return path
+
+
+def chosen(path: Path, **choice: Any) -> int:
+    with opened(path, **choice) as recording:
+        return recording.track
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_the_track_with_speech_is_chosen(suffix: str, studio: Studio, tmp_path: Path) -> None:
+    """Silence on the first track, which players start with, somebody speaking on the second: that one is read, from its beginning."""
+    said = studio.long(SENTENCES[:6])
+    path = with_tracks(tmp_path / f"two{suffix}", (studio.silence(20.0), "eng"), (said, "eng"))
+    with opened(path) as recording:
+        assert (recording.track, recording.tracks) == (2, 2)
+        (samples,) = np.concatenate(list(recording.blocks()), axis=1)
+    assert len(samples) == pytest.approx(len(heard(said)), abs=0.2 * RATE_HZ)
+    assert np.abs(samples[: 2 * RATE_HZ]).max() > 0.1
+
+
+def test_speech_is_found_far_behind(studio: Studio, tmp_path: Path) -> None:
+    """Two minutes of silence come first on each track: a moment here and there is listened to, not the beginning alone."""
+    late = tmp_path / "late.wav"
+    run("ffmpeg", "-loglevel", "error", "-i", studio.long(SENTENCES[:10]), "-af", "adelay=120000,apad=whole_dur=200", late)
+    assert chosen(with_tracks(tmp_path / "late.mkv", (studio.silence(200.0), "und"), (late, "und"))) == 2
+
+
+def test_the_language_asked_for_goes_before_speech(studio: Studio, tmp_path: Path) -> None:
+    """Tracks with the language's tag are preferred, in whichever of its codes it is written; an unknown wish is no obstacle."""
+    short, long = studio.say(TEXT), studio.long(SENTENCES[:6])
+    path = with_tracks(tmp_path / "three.mkv", (long, "eng"), (short, "ger"), (short, "fre"))
+    assert chosen(path, language="de") == 2
+    assert chosen(path, language="fr") == 3
+    assert chosen(path, language="en") == chosen(path, language="cy") == chosen(path) == 1
+
+
+def test_among_equals_the_default_track_is_taken(studio: Studio, tmp_path: Path) -> None:
+    """The same words on three tracks: the one that players start with."""
+    said = studio.long(SENTENCES[:3])
+    assert chosen(with_tracks(tmp_path / "same.mkv", (said, "und"), (said, "und"), (said, "und"), default=1)) == 2
+
+
+def test_a_track_is_taken_by_its_number(studio: Studio, tmp_path: Path) -> None:
+    """Whatever is on it; one that is not there is refused in words."""
+    path = with_tracks(tmp_path / "two.mkv", (studio.long(SENTENCES[:3]), "eng"), (studio.silence(5.0), "ger"))
+    assert not np.abs(heard(path, track="2")).max() > 0.01
+    assert chosen(path, track="1", language="de") == 1
+    for wrong in ("3", "0", "first"):
+        with pytest.raises(MediaRefused, match=rf"no audio track {wrong} \(it has 2\)") as refusal:
+            chosen(path, track=wrong)
+        assert refusal.value.hint
+
+
+def test_one_track_is_not_listened_to(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is nothing to choose, nothing is read twice."""
+    monkeypatch.setattr("whisperd.engine.audio.spoken", None)
+    assert chosen(studio.say(TEXT), language="de") == 1
 
 
 # --- caps ----------------------------------------------------------------------------------------------------------------------
@@ -311,6 +477,170 @@ def test_a_click_is_no_damage(studio: Studio, tmp_path: Path) -> None:
     data[middle : middle + 100] = bytes(100)
     source.write_bytes(data)
     assert length_s(source) == pytest.approx(length_s(studio.long(SENTENCES[:8])), abs=0.3)
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [("8000", "7.3"), ("44100", "20.07")])
+def test_a_flac_cut_anywhere_is_cut_off(rate: str, seconds: str, studio: Studio, tmp_path: Path) -> None:
+    """At a dozen places, the last frame among them: its header knows the number of samples."""
+    source = tmp_path / "whole.flac"
+    run("ffmpeg", "-loglevel", "error", "-stream_loop", "-1", "-i", studio.say(TEXT), "-t", seconds, "-ar", rate, source)
+    assert length_s(source) == pytest.approx(float(seconds), abs=0.001)
+    size = source.stat().st_size
+    for kept in (*(size * share // 10 for share in range(1, 10)), size - 3000, size - 1000, size - 300):
+        with pytest.raises((MediaDamaged, MediaRefused)):
+            heard(cut(source, tmp_path / "cut.flac", (kept + 0.5) / size))
+
+
+@pytest.mark.parametrize(
+    "suffix", [".wav", ".w64", ".rf64.wav", ".aiff", ".caf", ".au", ".flac", ".tta", ".mp3", ".m4a", ".mov", ".gsm.wav"]
+)
+def test_half_a_second_may_not_be_lost(suffix: str, studio: Studio, tmp_path: Path) -> None:
+    """Of a minute, where the container tells the length of the sound exactly."""
+    codec = {
+        ".rf64.wav": ("-rf64", "always"),
+        ".mp3": ("-b:a", "64k"),
+        ".m4a": ("-c:a", "aac", "-movflags", "+faststart"),
+        ".mov": ("-c:a", "pcm_s16le", "-movflags", "+faststart"),
+        ".gsm.wav": ("-c:a", "adpcm_ms"),
+    }
+    source = tmp_path / f"whole{suffix}"
+    minute = ("-stream_loop", "-1", "-i", studio.long(SENTENCES[:8]), "-t", "60")
+    run("ffmpeg", "-loglevel", "error", *minute, *codec.get(suffix, ()), source)
+    assert length_s(source) == pytest.approx(60.0, abs=0.1) and doubts(source) == ()
+    with pytest.raises(MediaDamaged):
+        heard(cut(source, tmp_path / f"cut{suffix}", 1 - 0.7 / 60))
+
+
+WHOLE = {
+    ".wav": ("", "-c:a pcm_s24le -ar 48000", "-c:a pcm_u8 -ar 11025", "-c:a adpcm_ima_wav", "-c:a pcm_alaw -ar 8000", "-c:a pcm_f32le"),
+    ".flac": ("", "-ar 96000 -ac 2", "-ar 8000", "-frame_size 16384"),
+    ".mp3": ("-ar 8000", "-ar 11025", "-ar 16000", "-ar 24000 -q:a 9", "-ar 44100 -ac 2", "-ar 48000 -b:a 320k", "-abr 1", "-write_xing 0"),
+    ".m4a": ("-ar 8000", "-ar 16000", "-ar 44100 -ac 2", "-c:a alac", "-movflags +faststart", "-movflags +frag_keyframe+empty_moov"),
+    ".mp4": ("-c:a libmp3lame", "-c:a ac3", "-c:a libopus -strict -2", "-c:a flac -strict -2"),
+    ".mov": ("-c:a pcm_s16le", "-c:a adpcm_ima_qt", "-c:a aac"),
+    ".ogg": ("-c:a libvorbis", "-c:a libopus", "-c:a flac", "-c:a libspeex"),
+    ".opus": ("-b:a 12k -frame_duration 60",),
+    ".mkv": ("-c:a libvorbis", "-c:a aac", "-c:a pcm_s16le", "-c:a flac"),
+    ".webm": ("",),
+    ".aac": ("", "-ar 8000"),
+    ".ts": ("-c:a aac", "-c:a mp2"),
+    ".mpg": ("-c:a mp2",),
+    ".avi": ("-c:a libmp3lame", "-c:a pcm_s16le", "-c:a ac3"),
+    ".wma": ("-c:a wmav2 -ar 44100", "-c:a wmav1 -ar 16000"),
+    ".flv": ("-c:a libmp3lame -ar 44100", "-c:a aac"),
+    ".aiff": ("", "-ar 44100 -ac 2"),
+    ".caf": ("", "-c:a alac", "-c:a adpcm_ima_qt"),
+    ".au": ("", "-c:a pcm_mulaw -ar 8000"),
+    ".w64": ("-ar 44100",),
+    ".voc": ("",),
+    ".wv": ("", "-ar 44100 -ac 2"),
+    ".tta": ("",),
+    ".ac3": ("-ar 44100",),
+    ".eac3": ("-ar 48000",),
+    ".amr": ("-c:a libopencore_amrnb -ar 8000 -b:a 12.2k",),
+    ".3gp": ("-c:a aac",),
+}
+
+
+@pytest.mark.parametrize("suffix", WHOLE)
+def test_what_real_encoders_write_is_whole(suffix: str, studio: Studio, tmp_path: Path) -> None:
+    """Of odd lengths, in every rate and mode: nothing is refused, nothing doubted, nothing missing."""
+    for number, options in enumerate(WHOLE[suffix]):
+        for seconds in ("0.73", "3.217"):
+            path = tmp_path / f"{number}-{seconds}{suffix}"
+            try:
+                run("ffmpeg", "-loglevel", "error", "-stream_loop", "-1", "-i", studio.say(TEXT), "-t", seconds, *options.split(), path)
+            except AssertionError as error:
+                if "Unknown encoder" in str(error):
+                    pytest.skip(f"this ffmpeg has no encoder for {suffix}")
+                raise
+            assert length_s(path) == pytest.approx(float(seconds), abs=0.3), path.name  # an encoder's delay and padding
+            assert doubts(path) == (), path.name
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".webm", ".avi", ".ts"])
+@pytest.mark.parametrize("sound_first", [True, False])
+def test_a_film_whose_sound_is_short_or_late_is_whole(suffix: str, sound_first: bool, studio: Studio, tmp_path: Path) -> None:
+    """Pictures at an uneven pace, and sound that ends long before them or begins long after them."""
+    film = tmp_path / f"film{suffix}"
+    picture = ("-f", "lavfi", "-i", "testsrc=size=96x64:rate=10:duration=9,select='lt(mod(n\\,7)\\,3)'")
+    codec = ("-c:v", "libvpx", "-deadline", "realtime", "-c:a", "libopus") if suffix == ".webm" else ("-c:v", "mpeg4", "-c:a", "mp3")
+    late = () if sound_first else ("-itsoffset", "4.5")
+    pace = () if suffix == ".avi" else ("-vsync", "vfr")
+    run("ffmpeg", "-loglevel", "error", *picture, *late, "-i", studio.say(TEXT), *pace, *codec, film)
+    assert length_s(film) == pytest.approx(length_s(studio.say(TEXT)), abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "words"),
+    [
+        (".ogg", ("-c:a", "libvorbis"), "no end mark"),
+        (".opus", ("-c:a", "libopus"), "no end mark"),
+        (".oga", ("-c:a", "flac"), "no end mark"),
+        (".ts", ("-c:a", "aac"), "ends within a packet"),
+        (".aac", (), "last frame of sound is incomplete"),
+        (".mp3", ("-write_xing", "0", "-b:a", "64k", "-ar", "24000"), "last frame of sound is incomplete"),
+        (".mp3", ("-write_xing", "0", "-b:a", "128k", "-ar", "44100"), "last frame of sound is incomplete"),
+    ],
+)
+def test_an_end_that_comes_too_early_is_doubted(suffix: str, options: tuple[str, ...], words: str, studio: Studio, tmp_path: Path) -> None:
+    """A container that promises no length, cut off somewhere: it may be a broadcast that was stopped, so it is read, and said so."""
+    source = tmp_path / f"whole{suffix}"
+    run("ffmpeg", "-loglevel", "error", "-i", studio.long(SENTENCES[:4]), *options, source)
+    assert doubts(source) == ()
+    found = doubts(cut(source, tmp_path / f"cut{suffix}", 0.5003))
+    assert any(words in doubt for doubt in found), found
+
+
+@pytest.mark.parametrize(("suffix", "words"), [(".flac", "are missing"), (".mp3", "cannot be decoded")])
+def test_a_click_is_told(suffix: str, words: str, studio: Studio, tmp_path: Path) -> None:
+    """A spoilt moment is no damage, but it is no secret either."""
+    source = tmp_path / f"whole{suffix}"
+    run("ffmpeg", "-loglevel", "error", "-i", studio.long(SENTENCES[:8]), "-b:a", "128k", source)
+    data = bytearray(source.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2000] = bytes(2000) if suffix == ".flac" else random.Random(1).randbytes(2000)
+    source.write_bytes(data)
+    found = doubts(source)
+    assert any(words in doubt for doubt in found), found
+
+
+def test_a_hole_in_a_flac_is_damage(studio: Studio, tmp_path: Path) -> None:
+    """Its frames are numbered, so that what comes behind the hole is in its right place, and the end is where it should be."""
+    source = tmp_path / "whole.flac"
+    run("ffmpeg", "-loglevel", "error", "-i", studio.long(SENTENCES[:8]), source)
+    data = bytearray(source.read_bytes())
+    third = len(data) // 3
+    data[third : 2 * third] = bytes(third)
+    source.write_bytes(data)
+    with pytest.raises(MediaDamaged, match="missing"):
+        heard(source)
+
+
+@pytest.mark.parametrize("suffix", [".m4a", ".mov"])
+def test_a_recording_that_was_trimmed_is_whole(suffix: str, studio: Studio, tmp_path: Path) -> None:
+    """Telephones trim by an edit list: the index of the file knows more sound than is to be heard."""
+    source, trimmed = tmp_path / f"source{suffix}", tmp_path / f"trimmed{suffix}"
+    run("ffmpeg", "-loglevel", "error", "-i", studio.long(SENTENCES[:8]), "-c:a", "aac", source)
+    run("ffmpeg", "-loglevel", "error", "-ss", "7.77", "-i", source, "-t", "9.5", "-c", "copy", trimmed)
+    assert length_s(trimmed) == pytest.approx(9.5, abs=0.2) and doubts(trimmed) == ()
+
+
+def test_frames_tell_their_length() -> None:
+    """Of MPEG audio in all its versions and layers, and of AAC; other bytes tell none."""
+    told = {
+        "ff fb 90 64": 417,  # MPEG-1 layer III, 128 kb/s, 44.1 kHz
+        "ff fb 92 64": 418,  # padded
+        "ff f3 48 c4": 144,  # MPEG-2 layer III, 32 kb/s, 16 kHz
+        "ff e3 18 c4": 72,  # MPEG-2.5 layer III, 8 kb/s, 8 kHz
+        "ff fd c4 00": 768,  # MPEG-1 layer II, 256 kb/s, 48 kHz
+        "ff f1 50 80 02 1f fc": 16,  # ADTS
+        "ff fb 00 64": 0,  # free format
+        "49 44 33 04": 0,
+        "": 0,
+    }
+    for head, length in told.items():
+        assert frame_bytes(bytes.fromhex(head).ljust(7, b"\0")) == length, head
 
 
 def test_the_tag_in_front_is_passed_over() -> None:

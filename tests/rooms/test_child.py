@@ -29,7 +29,9 @@ import json, os, signal, subprocess, sys, time
 from whisperd.wire import Abandoned, Channel, EngineIn, EngineReady, Stop, WireClosed, join_daemon
 
 def ready(channel, told=""):
-    channel.send_all(EngineReady(model=told, device="none", compute_type="none", slots=1, load_s=0.0))
+    channel.send_all(EngineReady(
+        model=told, revision="", device="none", compute_type="none", encoder="none", slots=1, load_s=0.0, rss_mib=0
+    ))
 
 def main():
     role = os.environ["PUPPET"]

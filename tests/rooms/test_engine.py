@@ -26,6 +26,7 @@ from whisperd.vocabulary import JobOptions, Window
 from whisperd.wire import (
     Abandon,
     Abandoned,
+    BatchDone,
     BootFailed,
     EngineOut,
     EngineReady,
@@ -35,6 +36,8 @@ from whisperd.wire import (
     Message,
     Progress,
     Transcribe,
+    Unload,
+    Unloaded,
     WindowDone,
 )
 
@@ -49,6 +52,8 @@ def load_request(**changes: Any) -> LoadModel:
         "device": "cpu",
         "compute_type": "int8",
         "cpu_threads": 1,
+        "batch": 4,
+        "encoder": "auto",
         "cache_dir": "/nonexistent/cache",
         "offline": True,
         "duration_max_s": 3600.0,
@@ -64,6 +69,7 @@ class Engine:
     def __init__(self, request: LoadModel) -> None:
         self.child: Child[Any] = Child(name="engine", module="whisperd.engine", receives=EngineOut, now=time.monotonic())
         self.frames: list[Any] = []
+        self.places: list[bytes] = []  # that came with the windows of the last whole job
         self.child.send(request)
 
     def send(self, message: Message, source: Path | None = None) -> None:
@@ -87,11 +93,13 @@ class Engine:
         """One job to its good end."""
         self.transcribe(job, source, **begun)
         windows: list[Window] = []
+        self.places = []
         while True:
             message = self.until(WindowDone, Finished, JobFailed)
             assert message.job == job
             if isinstance(message, WindowDone):
                 windows.append(message.window)
+                self.places.append(message.front_end)
             else:
                 assert isinstance(message, Finished), message
                 return windows, message
@@ -138,6 +146,13 @@ def calm(engine: Engine, long_talk: Path) -> tuple[list[Window], Finished]:
     return engine.whole(1, long_talk)
 
 
+@pytest.fixture(scope="module")
+def places(calm: tuple[list[Window], Finished], engine: Engine, long_talk: Path) -> list[bytes]:
+    """What the front end said with each of those windows."""
+    engine.whole(1, long_talk)
+    return engine.places
+
+
 # --- jobs in, windows out ------------------------------------------------------------------------------------------------------
 
 
@@ -167,15 +182,15 @@ def test_the_summary_says_what_was_read(calm: tuple[list[Window], Finished], lon
     assert summary.model_revision
 
 
-@pytest.mark.parametrize("done", [1, 4, "all"])
-def test_resume_gives_the_windows_that_are_missing(
-    done: int | str, engine: Engine, long_talk: Path, calm: tuple[list[Window], Finished]
+@pytest.mark.parametrize("done", [1, 4, 7, "all"])
+@pytest.mark.parametrize("place", [True, False])
+def test_resume_gives_the_windows_that_are_missing(  # noqa: PLR0917 - fixtures
+    done: int | str, place: bool, engine: Engine, long_talk: Path, calm: tuple[list[Window], Finished], places: list[bytes]
 ) -> None:
-    """From a checkpoint on, the windows are those of an undisturbed run, each as it was; when none is missing, none is made."""
+    """From a checkpoint on, with the front end's place or without it, the windows are those of an undisturbed run, byte for byte."""
     windows, finished = calm
     kept = len(windows) if done == "all" else int(done)
-    last = windows[kept - 1]
-    begun = {"windows_done": kept, "position_s": last.end_s, "language": last.language, "language_probability": last.language_probability}
+    begun = {"windows_done": kept, "position_s": windows[kept - 1].end_s, "front_end": places[kept - 1] if place else b""}
     again, summary = engine.whole(2, long_talk, **begun)
     assert again == windows[kept:]
     assert summary.summary == finished.summary
@@ -189,13 +204,14 @@ def test_what_else_the_engine_has_done_changes_nothing(
     assert engine.whole(4, long_talk) == (calm[0], Finished(job=4, summary=calm[1].summary))
 
 
-def test_progress_is_told_and_only_advances(engine: Engine, long_talk: Path) -> None:
-    """The position never goes back, and the length of the recording is known."""
-    engine.transcribe(5, long_talk)
+def test_progress_is_told_and_only_advances(engine: Engine, long_talk: Path, tmp_path: Path) -> None:
+    """In a silence, too, the position is told; it never goes back, and the length of the recording is known."""
+    source = write_wav(tmp_path / "quiet.wav", bytes(600 * 32_000) + samples_of(long_talk))
+    engine.transcribe(5, source)
     engine.frames, told = [], []
     while not isinstance(message := engine.until(Progress, Finished), Finished):
         told.append(message)
-    assert told and all(message.duration_s == pytest.approx(len(samples_of(long_talk)) / 32_000, abs=0.1) for message in told)
+    assert told and all(message.duration_s == pytest.approx(len(samples_of(long_talk)) / 32_000 + 600, abs=0.1) for message in told)
     positions = [message.position_s for message in told]
     assert positions == sorted(positions)
 
@@ -325,7 +341,7 @@ def test_a_file_that_changes_while_it_is_read_has_no_result(moment: str, engine:
         ({"model": "/nonexistent/model"}, "no model.bin"),
         ({"model": "small"}, "engine.offline is set"),
         ({"compute_type": "float16"}, "float16"),
-        ({"device": "cuda"}, "cuda"),
+        ({"device": "cuda"}, "GPU"),
     ],
     ids=["no directory", "not fetched", "precision", "device"],
 )
@@ -334,7 +350,7 @@ def test_a_model_that_cannot_be_loaded(changes: dict[str, Any], words: str) -> N
     engine = Engine(load_request(**changes))
     try:
         failure = engine.until(BootFailed, EngineReady).failure
-        assert failure.kind == "waiting" and failure.code in ("model_absent", "model_unusable")
+        assert failure.kind == "waiting" and failure.code in ("model_absent", "model_unusable", "cuda_unusable")
         assert words in failure.what and failure.hint
         assert engine.ended() == "ended with status 3"
     finally:
@@ -364,13 +380,78 @@ def test_streamed_voice_activity_equals_one_run(long_talk: Path) -> None:
     assert at_once.max() > 0.9 and at_once.min() < 0.1
 
 
+def two_channels(left: bytes, right: bytes) -> bytes:
+    """Samples of both, side by side, the shorter filled up with silence."""
+    sides = [np.frombuffer(side, dtype=np.int16) for side in (left, right)]
+    both = np.zeros((max(map(len, sides)), 2), dtype=np.int16)
+    for number, side in enumerate(sides):
+        both[: len(side), number] = side
+    return both.tobytes()
+
+
+def test_each_channel_is_a_speaker(engine: Engine, studio: Studio, tmp_path: Path) -> None:
+    """Two people on two channels, speaking at the same time: each has their own text, under their name, though mixed it would be noise."""
+    said = SENTENCES[0], SENTENCES[5]
+    source = write_wav(tmp_path / "call.wav", two_channels(*(samples_of(studio.say(text)) for text in said)), channels=2)
+    options = JobOptions(model="demo", channels="speakers", speakers=("Anna",), temperatures=(0.0,))
+    windows, finished = engine.whole(30, source, options=options)
+    heard = {name: " ".join(s.text for w in windows for s in w.segments if s.speaker == name) for name in ("Anna", "Channel 2")}
+    assert likeness(said[0], heard["Anna"]) > 0.8 and likeness(said[1], heard["Channel 2"]) > 0.8
+    assert {window.channel for window in windows} == {0, 1} and finished.summary.channels == 2
+
+
+def test_a_sequential_job_goes_on_after_any_window(engine: Engine, long_talk: Path) -> None:
+    """In sequential mode a window depends on those before; from each checkpoint the rest is what an undisturbed run says."""
+    options = JobOptions(model="demo", mode="sequential", language="en", word_timestamps=True)
+    windows, finished = engine.whole(31, long_talk, options=options)
+    places = engine.places
+    assert len(windows) >= 2 and windows[0].seek == round(windows[1].start_s * 100)
+    for kept in range(1, len(windows) + 1):
+        begun = {"windows_done": kept, "position_s": windows[kept - 1].end_s, "front_end": places[kept - 1]}
+        assert engine.whole(31 + kept, long_talk, options=options, **begun) == (
+            windows[kept:],
+            Finished(job=31 + kept, summary=finished.summary),
+        )
+
+
+def test_many_files_at_once(fresh: Engine, studio: Studio) -> None:
+    """As many jobs as there are slots: each has the text it has alone, the batches are full, nothing is encoded twice."""
+    sources = [studio.say(text) for text in SENTENCES[:8]]
+    alone = [fresh.whole(number, source)[0] for number, source in enumerate(sources)]
+    fresh.frames = []
+    for number, source in enumerate(sources):
+        fresh.transcribe(number, source)
+    together: dict[int, list[Window]] = {number: [] for number in range(len(sources))}
+    batches, finished = [], 0
+    while finished < len(sources):
+        message = fresh.until(WindowDone, Finished, BatchDone, JobFailed)
+        assert not isinstance(message, JobFailed), message
+        finished += isinstance(message, Finished)
+        if isinstance(message, WindowDone):
+            together[message.job].append(message.window)
+        elif isinstance(message, BatchDone):
+            batches.append(message)
+    assert list(together.values()) == alone
+    assert max(batch.windows for batch in batches) > 1
+    assert sum(batch.encoded for batch in batches) == sum(batch.encoded_needed for batch in batches)
+
+
+def test_the_model_is_given_back_and_loaded_again(fresh: Engine, studio: Studio) -> None:
+    """Unload between two files: memory goes down, and the next file has the same text as before."""
+    source = studio.say(SENTENCES[0])
+    windows, _ = fresh.whole(40, source)
+    fresh.send(Unload())
+    assert fresh.until(Unloaded).rss_mib > 0
+    assert fresh.whole(41, source)[0] == windows
+
+
 FRONT_END = """
 import os, sys
 from whisperd.engine.audio import Caps, Recording
 from whisperd.engine.speech import SpeechStream
 recording = Recording(os.open(sys.argv[1], os.O_RDONLY), Caps(86400, 8, 192000))
 speech = SpeechStream(threshold=0.5, min_silence_s=0.5, window_s=30.0)
-windows = sum(1 for block in recording.blocks() for window in speech.feed(block)) + sum(1 for window in speech.end())
+windows = sum(1 for block in recording.blocks() for window in speech.feed(block[0])) + sum(1 for window in speech.end())
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 print(windows, round(recording.duration_s), peak)
 """

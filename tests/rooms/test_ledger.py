@@ -1,6 +1,6 @@
 """The ledger on a real disk, with real SQLite and real processes: opening, refusing, sharing, dying, answering.
 
-`python tests/rooms/test_ledger.py` writes `tests/data/ledgers/schema_1.sqlite3` anew (only while schema 1 is not released).
+`python tests/rooms/test_ledger.py` writes `tests/data/ledgers/schema_2.sqlite3` anew (only while schema 2 is not released).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from whisperd.ledger.connection import (
     open_for_writing,
     write_lock,
 )
-from whisperd.ledger.ledger import IllegalMove, Ledger, NoSuchJob
+from whisperd.ledger.ledger import IllegalMove, LeaseLost, Ledger, NoSuchJob
 from whisperd.ledger.migrations import MIGRATIONS
 from whisperd.ledger.queries import Queries
 from whisperd.vocabulary import Failure, FailureKind, JobOptions, Plan, Reading, Segment, Sighting, Window
@@ -46,6 +46,7 @@ RELEASED = Path(__file__).parents[1] / "data" / "ledgers"
 BAD = Failure(kind=FailureKind.PERMANENT, code="no_audio", what="there is no audio in it", hint="send another")
 DIED = Failure(kind=FailureKind.TRANSIENT, code="worker_died", what="the worker died")
 ABSENT = Failure(kind=FailureKind.WAITING, code="no_gpu", what="no card")
+MADE_BY = "0123456789abcdef"
 STATES = ("seen", "ready", "running", "transcribed", "done", "failed", "cancelled", "gone")
 
 
@@ -71,11 +72,12 @@ def bring_to(ledger: Ledger, inbox: int, state: str, path: bytes, now: float = 1
     if state in ("ready", "cancelled"):
         return job
     ledger.claim(job, "anna", now + 2, lease_s=60)
-    ledger.checkpoint(job, "anna", window(0), now + 3, lease_s=60, duration_s=60.0)
+    ledger.checkpoint(job, "anna", window(0), now + 3, lease_s=60, duration_s=60.0, made_by=MADE_BY, front_end=b"state 0")
     if state == "failed":
         ledger.fail(job, "anna", BAD, now + 4, tail="last words")
     if state in ("transcribed", "done"):
-        ledger.finish(job, "anna", now + 4, transcript=f"{job}.json", sha256="ab", duration_s=60.0, language="en", process_s=2.0)
+        done = {"transcript": f"{job}.json", "sha256": "ab", "duration_s": 60.0, "language": "en", "process_s": 2.0}
+        ledger.finish(job, "anna", now + 4, **done, quality="good")
     if state == "done":
         ledger.publish(job, b"/out", [(path + b".txt", "txt", "ab")], now + 5)
     return job
@@ -160,7 +162,7 @@ def break_it(path: Path, how: str) -> None:
         "cut to one page": lambda: whole[:4096],
         "cut in the middle": lambda: whole[: len(whole) // 2],
         "cut by one page": lambda: whole[:-4096],
-        "cut by one byte": lambda: whole[:-1],
+        "cut by a page and a byte": lambda: whole[:-4097],
         "header overwritten": lambda: rng.randbytes(100) + whole[100:],
         "first page overwritten": lambda: whole[:100] + rng.randbytes(3996) + whole[4096:],
         "zeroes": lambda: bytes(len(whole)),
@@ -179,7 +181,7 @@ def break_it(path: Path, how: str) -> None:
         "cut to one page",
         "cut in the middle",
         "cut by one page",
-        "cut by one byte",
+        "cut by a page and a byte",
         "header overwritten",
         "first page overwritten",
         "zeroes",
@@ -867,7 +869,7 @@ def test_what_a_job_has(ledger: Ledger, inbox: int) -> None:
     assert ledger.options(ledger.job(job)) == options
     assert ledger.windows(job) == [window(0), window(1), window(2)]
     assert [event["to_state"] for event in ledger.events(job)] == ["seen", "ready", "running"]
-    ledger.finish(job, "anna", 5.0, transcript="t", sha256="ab", duration_s=90.0, language="cs", process_s=1.0)
+    ledger.finish(job, "anna", 5.0, transcript="t", sha256="ab", duration_s=90.0, language="cs", process_s=1.0, quality="good")
     assert ledger.windows(job) == []
     ledger.publish(job, b"/out", [(b"b.txt", "txt", "ab"), (b"a.srt", "srt", "cd")], 6.0)
     assert [row["path"] for row in ledger.publications(job)] == [b"a.srt", b"b.txt"]
@@ -875,6 +877,77 @@ def test_what_a_job_has(ledger: Ledger, inbox: int) -> None:
     assert (ledger.job(job)["inbox_path"], ledger.job(job)["outbox"]) == (b"/in", b"/out")
     assert ledger.outcomes_since(6.0) == {"done": 1, "failed": 0}
     assert ledger.outcomes_since(6.1) == {"done": 0, "failed": 0}
+
+
+def test_only_the_last_window_has_a_front_end(ledger: Ledger, inbox: int) -> None:
+    """The state to go on from is that of the last window kept; those before it have none, and a window told again changes nothing."""
+    job = bring_to(ledger, inbox, "running", b"a")
+    assert ledger.front_end(job) == b"state 0"
+    ledger.checkpoint(job, "anna", window(1), 4.0, lease_s=60, made_by=MADE_BY, front_end=b"\x00\xff")
+    ledger.checkpoint(job, "anna", window(0), 5.0, lease_s=60, made_by=MADE_BY, front_end=b"again")
+    assert ledger.front_end(job) == b"\x00\xff"
+    kept = ledger.db.conn.execute("SELECT window_index, front_end FROM checkpoint ORDER BY window_index")
+    assert list(kept) == [(0, None), (1, b"\x00\xff")]
+    ledger.checkpoint(job, "anna", window(2), 6.0, lease_s=60, made_by=MADE_BY)
+    assert ledger.front_end(job) == b"", "not known, rather than an older one"
+    assert ledger.front_end(bring_to(ledger, inbox, "ready", b"b")) == b""
+
+
+def test_windows_of_another_make_are_dropped(ledger: Ledger, inbox: int) -> None:
+    """What the same model and options made stays; with anything else all windows go, and the job stands at its beginning."""
+    job = bring_to(ledger, inbox, "running", b"a")
+    ledger.checkpoint(job, "anna", window(1), 4.0, lease_s=60, made_by=MADE_BY)
+    assert ledger.drop_foreign_checkpoints(job, "anna", MADE_BY, 5.0) == 0
+    assert len(ledger.windows(job)) == 2
+    with pytest.raises(LeaseLost):
+        ledger.drop_foreign_checkpoints(job, "bert", "another model", 5.0)
+    assert ledger.drop_foreign_checkpoints(job, "anna", "another model", 5.0) == 2
+    assert (ledger.windows(job), ledger.front_end(job), ledger.job(job)["position_s"]) == ([], b"", 0.0)
+    assert ledger.drop_foreign_checkpoints(job, "anna", "another model", 6.0) == 0
+
+
+def test_one_word_renews_all_leases_of_a_child(ledger: Ledger, inbox: int) -> None:
+    """`renew` moves the leases of every job in a child's hands, and nobody else's; it leaves no event and no trace in the work."""
+    mine = [bring_to(ledger, inbox, "running", b"%d" % number) for number in range(3)]
+    other = bring_to(ledger, inbox, "ready", b"other")
+    ledger.claim(other, "bert", 102.0, lease_s=60)
+    before = [ledger.job(job) for job in (*mine, other)]
+    events = [ledger.events(job) for job in mine]
+    ledger.renew("anna", 500.0, lease_s=60)
+    assert [ledger.job(job)["lease_until"] for job in (*mine, other)] == [560.0, 560.0, 560.0, 162.0]
+    changed = ("lease_until", "updated_at", "verb", "note")
+    after = [ledger.job(job) for job in (*mine, other)]
+    assert [{**row, **dict.fromkeys(changed)} for row in after] == [{**row, **dict.fromkeys(changed)} for row in before]
+    assert [ledger.events(job) for job in mine] == events
+
+
+def test_verdicts_are_counted_and_listed(ledger: Ledger, inbox: int) -> None:
+    """Every transcript keeps its verdict; only those that are out are counted; a list can be kept to one verdict."""
+    assert ledger.qualities() == {"good": 0, "second_pass": 0, "doubtful": 0}
+    good = bring_to(ledger, inbox, "done", b"good")
+    doubtful = []
+    for name in (b"bad", b"not out yet"):
+        job = bring_to(ledger, inbox, "running", name)
+        ledger.finish(job, "anna", 5.0, transcript="t", sha256="ab", duration_s=9.0, language="en", process_s=1.0, quality="doubtful")
+        doubtful.append(job)
+    ledger.publish(doubtful[0], b"/out", [(b"bad.txt", "txt", "ab")], 6.0)
+    assert ledger.qualities() == {"good": 1, "second_pass": 0, "doubtful": 1}
+    assert [row["id"] for row in ledger.jobs(quality="doubtful")] == doubtful
+    assert [row["id"] for row in ledger.jobs(quality="doubtful", state="done")] == doubtful[:1]
+    assert [row["id"] for row in ledger.jobs(quality="good", inbox=b"/in")] == [good]
+    job = bring_to(ledger, inbox, "running", b"c")
+    with pytest.raises(IllegalMove):
+        ledger.finish(job, "anna", 5.0, transcript="t", sha256="ab", duration_s=9.0, language="en", process_s=1.0, quality="excellent")
+
+
+def test_the_peak_of_a_batchs_shape_only_rises(ledger: Ledger) -> None:
+    """The most memory seen with a shape is kept; another beam, length or model is another shape."""
+    shape = {"gpu": "GPU-1", "driver": "570", "model": "small", "compute_type": "float16", "batch": 8, "beam": 5, "frames": 3000}
+    for peak_mib, at in ((2000, 1.0), (2500, 2.0), (1900, 3.0)):
+        ledger.record_vram_peak(**shape, peak_mib=peak_mib, now=at)
+    ledger.record_vram_peak(**{**shape, "beam": 1}, peak_mib=900, now=4.0)
+    kept = ledger.db.conn.execute("SELECT beam, peak_mib, measured_at FROM vram_peak ORDER BY beam")
+    assert list(kept) == [(1, 900, 4.0), (5, 2500, 2.0)]
 
 
 def test_lists_of_jobs(ledger: Ledger, inbox: int) -> None:
@@ -956,16 +1029,17 @@ def test_inboxes_keep_their_numbers(ledger: Ledger) -> None:
 
 # --- released ledgers ------------------------------------------------------------------------------------------------------------
 
-IN_SCHEMA_1 = {"seen": 1, "ready": 2, "running": 1, "transcribed": 1, "done": 2, "failed": 1, "cancelled": 1, "gone": 1}
+IN_EACH = {"seen": 1, "ready": 2, "running": 1, "transcribed": 1, "done": 2, "failed": 1, "cancelled": 1, "gone": 1}
+NEWEST = "schema_2"
 
 
-def write_schema_1(target: Path) -> None:
-    """Write the ledger that whisperd with schema 1 leaves behind: jobs in all states, small, in one file."""
+def write_newest(target: Path) -> None:
+    """Write the ledger that whisperd with the newest schema leaves behind: jobs in all states, small, in one file."""
     scratch = target.parent / "scratch"
     scratch.mkdir()
     ledger = Ledger(str(scratch), epoch="the life that ended")
     inbox = ledger.register_inbox(b"/srv/whisperd/inbox", b"/srv/whisperd/outbox", 1.0)
-    for state, count in IN_SCHEMA_1.items():
+    for state, count in IN_EACH.items():
         for number in range(count):
             job = bring_to(ledger, inbox, state, f"{state} {number}.wav".encode(), now=1_700_000_000.0)
             if state == "done":
@@ -983,12 +1057,13 @@ def write_schema_1(target: Path) -> None:
     shutil.rmtree(scratch)
 
 
-@pytest.mark.parametrize("name", ["schema_1.sqlite3"])
+@pytest.mark.parametrize("name", ["schema_1", "schema_2"])
 def test_a_ledger_of_every_released_version_opens(state_dir: str, name: str) -> None:
-    """A ledger file of every released version opens for ever, with all its jobs, and works on."""
-    shutil.copy(RELEASED / name, file_of(state_dir))
+    """A ledger file of every released version opens for ever, with all its jobs, and works on. What an older version does not know
+    (who made its windows, how good its transcripts are) is unknown, never made up."""
+    shutil.copy(RELEASED / f"{name}.sqlite3", file_of(state_dir))
     ledger = Ledger(state_dir, epoch="a new life")
-    assert ledger.counts() == {**IN_SCHEMA_1, "done": IN_SCHEMA_1["done"] + 1}
+    assert ledger.counts() == {**IN_EACH, "done": IN_EACH["done"] + 1}
     assert ledger.integrity() == "ok"
     assert b"\xff\xfe not utf-8.wav" in {row["path"] for row in ledger.jobs()}
     (running,) = ledger.running()
@@ -997,24 +1072,57 @@ def test_a_ledger_of_every_released_version_opens(state_dir: str, name: str) -> 
     assert ledger.interrupt_other_epochs(1_700_001_000.0) == [running["id"]]
     (transcribed,) = ledger.jobs(state="transcribed")
     ledger.publish(transcribed["id"], transcribed["outbox"], [(b"t.txt", "txt", "ab")], 1_700_001_000.0)
+    told = name != "schema_1"
+    assert ledger.qualities()["good"] == (IN_EACH["done"] + 2 if told else 0)
+    assert ledger.front_end(running["id"]) == (b"state 0" if told else b"")
+    ledger.claim(running["id"], "anna", 1_700_001_001.0, lease_s=60)
+    assert ledger.drop_foreign_checkpoints(running["id"], "anna", MADE_BY, 1_700_001_002.0) == (0 if told else 1)
     ledger.close()
 
 
-def test_a_released_schema_is_not_edited(state_dir: str) -> None:
-    """What schema 1 makes today is what it made when the file was kept: a change is a new migration.
+@pytest.mark.parametrize("name", ["schema_1", "schema_2"])
+def test_an_old_ledger_is_as_strict_as_a_new_one(state_dir: str, tmp_path: Path, name: str) -> None:
+    """A ledger that was brought up to date has every table, trigger, CHECK and index of one made today, to the letter."""
+    made = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type, name"
+    (tmp_path / "new").mkdir()
+    new = Ledger(str(tmp_path / "new"), epoch="a")
+    shutil.copy(RELEASED / f"{name}.sqlite3", file_of(state_dir))
+    old = Ledger(state_dir, epoch="a")
+    assert list(old.db.conn.execute(made)) == list(new.db.conn.execute(made))
+    with pytest.raises(IllegalMove, match="illegal move"), old.transaction():
+        old.db.conn.execute("UPDATE job SET state = 'done', verb = 'publish', ended_at = 1.0 WHERE state = 'ready'")
+    with pytest.raises(IllegalMove), old.transaction():
+        old.db.conn.execute("UPDATE job SET verb = 'report', quality = 'excellent' WHERE state = 'failed'")
+    old.close()
+    new.close()
 
-    As long as no version with schema 1 is released, write the file anew: `python tests/rooms/test_ledger.py`.
+
+def test_an_old_ledger_is_not_read_before_the_daemon_has_seen_it(state_dir: str) -> None:
+    """The desk changes nothing: before the daemon has brought an older ledger up to date, it says so and what to do."""
+    shutil.copy(RELEASED / "schema_1.sqlite3", file_of(state_dir))
+    before = file_of(state_dir).read_bytes()
+    with pytest.raises(StateDirError, match="older whisperd") as refusal:
+        Queries.open(state_dir)
+    assert "restart the daemon" in refusal.value.hint
+    assert file_of(state_dir).read_bytes() == before
+    Ledger(state_dir, epoch="a").close()
+    Queries.open(state_dir).close()
+
+
+def test_a_released_schema_is_not_edited(state_dir: str) -> None:
+    """What the schemas make today is what they made when the file was kept: a change is a new migration.
+
+    As long as no version with the newest schema is released, write the file anew: `python tests/rooms/test_ledger.py`.
     """
     db = open_for_writing(state_dir)
     made = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type, name"
     today = list(db.conn.execute(made))
     db.conn.close()
-    if [migration.name for migration in MIGRATIONS._migrations] != ["schema_1"]:
-        pytest.skip("there is a newer schema; the kept file is what schema 1 was")
-    with closing(sqlite3.connect(RELEASED / "schema_1.sqlite3")) as connection:
+    assert MIGRATIONS._migrations[-1].name == NEWEST
+    with closing(sqlite3.connect(RELEASED / f"{NEWEST}.sqlite3")) as connection:
         assert today == list(connection.execute(made))
 
 
 if __name__ == "__main__":
     RELEASED.mkdir(parents=True, exist_ok=True)
-    write_schema_1(RELEASED / "schema_1.sqlite3")
+    write_newest(RELEASED / f"{NEWEST}.sqlite3")

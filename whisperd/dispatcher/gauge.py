@@ -12,7 +12,7 @@ from whisperd.child import Child
 from whisperd.dispatcher.nursery import Keeper, Nursery
 from whisperd.ledger.ledger import Ledger
 from whisperd.vocabulary import Reading
-from whisperd.wire import Frame, ProbeOut, Readings, StartProbe
+from whisperd.wire import BatchDone, EngineReady, Frame, ProbeOut, Readings, StartProbe
 
 SAMPLE_S = 1.0
 SILENT_S = 10.0
@@ -26,6 +26,7 @@ class Gauge:
         self._ledger = ledger
         self._on_change = on_change
         self._stored_at = 0.0
+        self._peaks_mib: dict[tuple[str, str, int, int, int], int] = {}  # by model, precision and the shape of a batch
         self.readings: tuple[Reading, ...] = ()
         self.keeper = Keeper(
             nursery,
@@ -45,6 +46,25 @@ class Gauge:
 
     def stop(self) -> None:
         self.keeper.stop()
+
+    def learn_peak(self, engine: EngineReady, batch: BatchDone) -> None:
+        """The peak of each shape of a batch on the (first) GPU, for whoever plans what fits."""
+        card = next((reading for reading in self.readings if reading.status == "ok"), None)
+        shape = (engine.model, engine.compute_type, batch.windows, batch.beam, batch.frames)
+        if card is None or batch.vram_used_mib is None or batch.vram_used_mib <= self._peaks_mib.get(shape, 0):
+            return
+        self._peaks_mib[shape] = batch.vram_used_mib
+        self._ledger.record_vram_peak(
+            gpu=card.gpu,
+            driver=card.driver,
+            model=engine.model,
+            compute_type=engine.compute_type,
+            batch=batch.windows,
+            beam=batch.beam,
+            frames=batch.frames,
+            peak_mib=batch.vram_used_mib,
+            now=time.time(),
+        )
 
     def _unknown(self, what: str) -> None:
         if any(reading.status != "unknown" for reading in self.readings):

@@ -35,9 +35,11 @@ class Nursery:
         self.children: dict[int, Child[Any]] = {}
         self._on_frame: dict[int, OnFrame] = {}
 
-    def start(self, *, name: str, module: str, receives: object, on_frame: OnFrame, on_exit: OnExit) -> Child[Any]:
-        """Spawn a child and listen to it."""
-        child: Child[Any] = Child(name=name, module=module, receives=receives, now=time.monotonic())
+    def start(
+        self, *, name: str, module: str, receives: object, on_frame: OnFrame, on_exit: OnExit, env: dict[str, str] | None = None
+    ) -> Child[Any]:
+        """Spawn a child (`env` is added to our own environment) and listen to it."""
+        child: Child[Any] = Child(name=name, module=module, receives=receives, now=time.monotonic(), env=env)
         self.children[child.pid] = child
         self._on_frame[child.pid] = on_frame
         self._loop.add_reader(child.channel.fileno(), self._readable, child)

@@ -61,6 +61,11 @@ def _for_cpu(compute_type: str, hardware: Hardware) -> Choice:
     return Choice(name, "cpu", compute_type, f"{name}: no GPU, {hardware.cores} cores, {hardware.memory_mib} MiB of memory")
 
 
+def batch_of(batch: int, device: str) -> int:
+    """Windows decoded together at most: as configured, or what pays on such a device (ENGINE.md §b)."""
+    return batch or (4 if device == "cpu" else 16)
+
+
 def decide(*, workers: int, readings: Sequence[Reading]) -> Plan:
     """The plan for now: as many workers as the operator set."""
     seen = "; ".join(reading.what for reading in readings) or "the GPU probe has not answered yet"

@@ -64,11 +64,20 @@ Verdict = Fail | Retry | Wait
 
 
 def after_failure(
-    failure: Failure, *, attempts: int, attempts_max: int, now: float, backoff: Backoff, chance: float, at_once: bool = False
+    failure: Failure,
+    *,
+    attempts: int,
+    attempts_max: int,
+    now: float,
+    backoff: Backoff,
+    chance: float,
+    at_once: bool = False,
+    shared: bool = False,
 ) -> Verdict:
-    """What follows a failure; `attempts` counts the one that just failed. A worker's death is retried `at_once`."""
+    """What follows a failure; `attempts` counts the one that just failed. A worker's death is retried `at_once`; one that was `shared`
+    with other files proves nothing against this one, so it is never the last word."""
     if failure.kind is FailureKind.WAITING:
         return Wait(now + WAITING_PAUSE_S)
-    if failure.kind is FailureKind.PERMANENT or attempts >= attempts_max:
+    if failure.kind is FailureKind.PERMANENT or (attempts >= attempts_max and not shared):
         return Fail()
     return Retry(now if at_once else now + backoff.pause_s(attempts, chance))

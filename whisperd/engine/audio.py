@@ -1,26 +1,30 @@
-"""audio: a recording as a stream of 16 kHz mono blocks, from an open descriptor.
+"""audio: a recording as a stream of 16 kHz blocks, from an open descriptor.
 
-Owns: what media may be: which containers are read at all, how long, how many channels. Memory does not grow with the length.
-Fails with `MediaRefused` (caps, no audio, not media) and `MediaDamaged` (truncated, corrupt): both are the file's own fault.
+Owns: what media may be: which containers are read at all, which track of them, how long, how many channels. Memory does not grow with
+the length. Fails with `MediaRefused` (caps, no audio, not media) and `MediaDamaged` (truncated, corrupt): both are the file's own
+fault. What only may be a fault is in `Recording.doubts`.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import errno
 import hashlib
 import io
 import os
-from collections.abc import Iterator
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import numpy as np
+from av.audio.fifo import AudioFifo
 from av.audio.resampler import AudioResampler
 from av.error import FFmpegError
+from av.stream import Discard, Disposition
 
+from whisperd.engine import choice, container
+from whisperd.engine.choice import Track
+from whisperd.engine.whole import Promised, Reach, gap_of, loss_of, promise
 from whisperd.errors import WhisperdError
 
 if TYPE_CHECKING:
@@ -28,22 +32,20 @@ if TYPE_CHECKING:
 
 RATE_HZ = 16_000
 BLOCK_SAMPLES = RATE_HZ * 2
-LOSS_MAX_S = 1.0
-LOSS_MAX_SHARE = 0.03
-LOSS_MAX_BYTES = 65_536  # where a container tells its size to the byte; some writers count their own header wrong
-BAD_PACKETS_MAX_SHARE = 0.05
-GUESSED_LENGTH = ("mp3", "aac", "ac3", "eac3", "amr", "amrnb", "amrwb")
-"""Bare streams: FFmpeg guesses their length from the size and the first moments' bit rate, unless an MP3 has a header that tells it."""
-MP3_HEADERS = (b"Xing", b"Info", b"VBRI")
-W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
-ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+CHANNELS_SPLIT = range(2, 9)  # as many voices as a recording may keep apart
+SAME_CHANNEL = 1e-3  # largest difference between two channels that are one
+LISTEN_S = 10.0  # at each of LISTEN_PLACES of a recording, to learn which track somebody speaks on
+LISTEN_PLACES = 6
+LISTEN_PACKETS_MAX = 20_000
 
 DEMUXERS = (
     "wav,w64,aiff,caf,au,voc,mp3,aac,flac,ogg,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,asf,avi,flv,mpeg,mpegts,amr,amrnb,amrwb,"
     "ac3,eac3,ape,wv,tta,mpc,mpc8,gsm,dsf,nistsphere"
 )
 """Containers that hold recordings. Playlists, network and scripting demuxers (hls, concat, sdp, image2 …) are not among them."""
+
+Listen = Callable[["NDArray[np.float32]"], float]
+"""How many seconds of 16 kHz samples are speech."""
 
 
 class MediaRefused(WhisperdError):
@@ -67,25 +69,40 @@ class Caps(NamedTuple):
 
 
 class Recording:
-    """One open recording. `blocks()` streams it once; afterwards `duration_s` is the decoded length."""
+    """One open recording. `blocks()` streams it once; afterwards `duration_s` is the decoded length and `doubts` what may be wrong.
 
-    def __init__(self, descriptor: int, caps: Caps) -> None:
+    track: "auto", or the number of an audio track from 1. Among several, "auto" takes those tagged with `language` if there are any, and
+    of these the one with most speech, by `listen`. With `split_channels`, a track of 2 to 8 channels keeps them apart.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        caps: Caps,
+        *,
+        track: str = "auto",
+        language: str = "auto",
+        split_channels: bool = False,
+        listen: Listen | None = None,
+    ) -> None:
         if os.fstat(descriptor).st_size == 0:
             raise MediaRefused("the file is empty (0 bytes)", hint="copy the recording again")
         self._caps = caps
         self._file = Source(descriptor, "rb", closefd=False)
-        self._file.seek(0)
         check_promised_size(descriptor)
         self._container = self._open()
-        self._stream = self._choose_stream()
+        self.track = self._choose_track(track, language, listen).number
+        self._stream = self._audio()[self.track - 1]
+        context = self._stream.codec_context
+        self.tracks = len(self._audio())
+        self.channels: int = context.channels if split_channels and context.channels in CHANNELS_SPLIT else 1
         self.container_name = str(self._container.format.name)
-        self.codec_name = str(self._stream.codec_context.name)
+        self.codec_name = str(context.name)
         self.declared_s = self._declared_s()
-        self._promised_s = None if self._is_guess() else self.declared_s
         self.decoded_samples = 0
-        self._demuxed_end_s = 0.0
-        self._packets = 0
-        self._bad_packets = 0
+        self.doubts: tuple[str, ...] = ()
+        self._promised = self._promise()
+        self._reach = Reach()
         self._check_caps()
 
     @property
@@ -93,21 +110,24 @@ class Recording:
         return self.decoded_samples / RATE_HZ
 
     def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Blocks of float32 samples in -1..1, 16 kHz, mono, about 2 s each. Raises MediaDamaged, MediaRefused."""
-        mono = Mono()
+        """Blocks of float32 samples in -1..1, 16 kHz, [channels, n], about 2 s each. Raises MediaDamaged, MediaRefused."""
+        resampled = Resampled("mono" if self.channels == 1 else self._stream.codec_context.layout)
         pending: list[NDArray[np.int16]] = []
         held = 0
         for frame in self._frames():
-            pieces = mono.feed(frame)
+            pieces = resampled.feed(frame)
+            if not pieces:
+                continue
             pending += pieces
-            held += sum(map(len, pieces))
+            held += sum(piece.shape[1] for piece in pieces)
             if held >= BLOCK_SAMPLES:
                 yield self._block(pending)
                 pending, held = [], 0
-        pending += mono.end()
+        pending += resampled.end()
         if pending:
             yield self._block(pending)
         self._check_whole()
+        self.doubts = tuple(self._doubts())
 
     def close(self) -> None:
         with contextlib.suppress(FFmpegError):
@@ -117,6 +137,7 @@ class Recording:
     # --- opening ---
 
     def _open(self) -> Any:
+        self._file.seek(0)
         try:
             return av.open(
                 self._file,
@@ -125,40 +146,52 @@ class Recording:
                 options={"format_whitelist": DEMUXERS, "protocol_whitelist": "none"},
             )
         except (FFmpegError, ValueError) as error:
-            what = looks_like(os.pread(self._file.fileno(), 512, 0))
+            what = container.looks_like(os.pread(self._file.fileno(), 512, 0))
             raise MediaRefused(
                 f"the file is not audio or video that can be read ({what or _reason(error)})",
                 hint="open it in a media player; if it plays there, convert it to WAV, FLAC or MP3 and drop it again",
             ) from error
 
-    def _choose_stream(self) -> Any:
-        streams = [stream for stream in self._container.streams.audio if stream.codec_context is not None]
-        if not streams:
+    def _audio(self) -> list[Any]:
+        return [stream for stream in self._container.streams.audio if stream.codec_context is not None]
+
+    def _choose_track(self, wanted: str, language: str, listen: Listen | None) -> Track:
+        found = [track_of(number, stream) for number, stream in enumerate(self._audio(), 1)]
+        if not found:
             kinds = sorted({stream.type for stream in self._container.streams}) or ["nothing"]
             raise MediaRefused(
                 f"there is no sound in the file (it holds {', '.join(kinds)})", hint="check that the recording has an audio track"
             )
-        return streams[0]
+        try:
+            meant = choice.candidates(found, wanted, language)
+        except LookupError:
+            raise MediaRefused(
+                f"the recording has no audio track {wanted} (it has {len(found)})", hint='choose another track, or "auto"'
+            ) from None
+        if len(meant) == 1 or listen is None:
+            return choice.choose(meant, [0.0] * len(meant))
+        streams = self._audio()
+        spoken_s = spoken(self._container, [streams[track.number - 1] for track in meant], listen)
+        self._container.close()
+        self._container = self._open()  # not every container can be sought back to its very beginning
+        return choice.choose(meant, spoken_s)
 
     def _declared_s(self) -> float | None:
         """The length the container itself promises, over all its streams."""
         if self._container.duration:
             return float(self._container.duration) / 1_000_000
-        if self._stream.duration and self._stream.time_base:
-            return float(self._stream.duration * self._stream.time_base)
-        return None
+        return _length_s(self._stream)
 
-    def _is_guess(self) -> bool:
-        """Whether the declared length is FFmpeg's own estimate: then nobody promised it."""
-        if self.container_name not in GUESSED_LENGTH:
-            return False
-        beginning = behind_id3(self._file.fileno(), 4096)
-        return not any(header in beginning for header in MP3_HEADERS)
+    def _promise(self) -> Promised | None:
+        """What must be there, by the container's own words."""
+        if self.container_name == "mp3" and not container.has_mp3_header(self._file.fileno()):
+            return None
+        return promise(self.container_name, self.declared_s, _length_s(self._stream))
 
     def _check_caps(self) -> None:
-        context = self._stream.codec_context
-        if self._promised_s is not None and self._promised_s > self._caps.duration_max_s:
-            self._refuse_length(self._promised_s)
+        context, promised = self._stream.codec_context, self._promised
+        if promised is not None and promised.length_s > self._caps.duration_max_s:
+            self._refuse_length(promised.length_s)
         if context.channels > self._caps.channels_max:
             raise MediaRefused(f"the recording has {context.channels} channels, more than the {self._caps.channels_max} allowed")
         if context.sample_rate > self._caps.rate_max_hz:
@@ -173,12 +206,18 @@ class Recording:
     # --- streaming ---
 
     def _frames(self) -> Iterator[Any]:
-        """Decoded frames of the chosen stream. All streams are demuxed, to know where the container really ends."""
+        """Decoded frames of the track. Where the container's end is not the track's own, all streams are demuxed to know it."""
+        if self._promised is not None and self._promised.of_track:
+            for stream in self._container.streams:
+                if stream.index != self._stream.index:
+                    stream.discard = Discard.all
+        wanted, reach = self._stream.index, self._reach
         try:
             for packet in self._demuxed():
-                self._note_end(packet)
-                if packet.stream_index == self._stream.index:
+                if packet.stream_index == wanted:
                     yield from self._decode(packet)
+                else:
+                    reach.note(packet)
         except FFmpegError as error:
             raise MediaDamaged(
                 f"the recording cannot be read past {self.duration_s:.1f} s ({_reason(error)})", hint="copy the recording again"
@@ -190,41 +229,44 @@ class Recording:
         except IndexError:  # PyAV cannot flush a stream that appeared midway; ours was there before, and is flushed already
             return
 
-    def _decode(self, packet: Any) -> Iterator[Any]:
-        whole = bool(packet.size)  # the last one only asks the decoder for what it still holds
-        self._packets += whole
+    def _decode(self, packet: Any) -> Sequence[Any]:
         try:
-            yield from packet.decode()
-        except FFmpegError:  # one bad packet is a click in the sound, not the end of it; too many are judged in _check_whole
-            self._bad_packets += whole
-
-    def _note_end(self, packet: Any) -> None:
-        if packet.pts is None or packet.time_base is None:
-            return
-        end_s = float((packet.pts + (packet.duration or 0)) * Fraction(packet.time_base))
-        self._demuxed_end_s = max(self._demuxed_end_s, end_s)
+            frames: Sequence[Any] = packet.decode()
+        except FFmpegError:  # one bad packet is a click in the sound, not the end of it; too many are judged in `_check_whole`
+            self._reach.note_bad(packet)
+            return ()
+        self._reach.note_good(packet)
+        return frames
 
     def _block(self, pieces: list[NDArray[np.int16]]) -> NDArray[np.float32]:
-        samples = np.concatenate(pieces).astype(np.float32) / 32768.0
-        self.decoded_samples += len(samples)
+        samples = _floats(pieces)
+        self.decoded_samples += samples.shape[1]
         if self.duration_s > self._caps.duration_max_s:
             self._refuse_length(self.duration_s)
-        return samples
+        return heard_once(samples)
+
+    # --- the end ---
 
     def _check_whole(self) -> None:
         """Silent loss is damage: a container that promises more than it holds, a codec that could not read its own packets."""
-        if self._packets and self._bad_packets > max(1, self._packets * BAD_PACKETS_MAX_SHARE):
-            raise MediaDamaged(
-                f"{self._bad_packets} of {self._packets} packets of sound cannot be decoded", hint="copy the recording again"
-            )
+        if self._reach.unreadable:
+            raise MediaDamaged(f"{self._reach.told_bad} cannot be decoded", hint="copy the recording again")
         if self.decoded_samples == 0:
             raise MediaRefused("the file has an audio track, but no sound in it (0.0 s)", hint="check the recording")
-        reached_s = max(self.duration_s, self._demuxed_end_s)
-        if self._promised_s is not None and self._promised_s - reached_s > max(LOSS_MAX_S, LOSS_MAX_SHARE * self._promised_s):
-            raise MediaDamaged(
-                f"the recording is cut off: {reached_s:.1f} s of the {self._promised_s:.1f} s it promises are there",
-                hint="the copy was probably interrupted; copy the recording again",
-            )
+        loss = loss_of(self._promised, self._reach, self.duration_s)
+        if loss:
+            raise MediaDamaged(loss, hint="the copy was probably interrupted; copy the recording again")
+
+    def _doubts(self) -> Iterator[str]:
+        if self._reach.bad:
+            yield f"{self._reach.told_bad} cannot be decoded"
+        gap = gap_of(self._promised, self.duration_s)
+        if gap:
+            yield gap
+        last = self._reach.last
+        doubt = container.doubt_about_end(self._file.fileno(), self.container_name, b"" if last is None else bytes(last))
+        if doubt:
+            yield doubt
 
 
 class Source(io.FileIO):
@@ -237,99 +279,132 @@ class Source(io.FileIO):
             return -(error.errno or errno.EINVAL)
 
 
-class Mono:
-    """Decoded frames in, 16 kHz mono samples out. Rate and channels may change midway: joined files and broadcasts do that."""
+class Resampled:
+    """Decoded frames in, 16 kHz samples out, int16 [channels, n], the very ones that faster-whisper's own decoder gives.
 
-    def __init__(self) -> None:
+    layout: what the channels are: "mono" mixes them. Rate and channels may change midway: joined files and broadcasts do that.
+    """
+
+    def __init__(self, layout: Any) -> None:
+        self._layout = layout
+        self._shape: tuple[str, int, int] | None = None
         self._resampler: AudioResampler | None = None
-        self._shape: tuple[str, str, int] | None = None
+        self._waiting = AudioFifo()  # a second of frames is resampled at a time: one by one they cost more than their samples
 
     def feed(self, frame: Any) -> list[NDArray[np.int16]]:
         """Samples that this frame completed. Raises MediaDamaged."""
-        shape = (frame.format.name, frame.layout.name, frame.sample_rate)
-        before = self.end() if shape != self._shape else []
+        rate: int = frame.sample_rate
+        shape = (frame.format.name, frame.layout.nb_channels, rate)
+        done = self.end() if shape != self._shape else []
         if self._resampler is None:
-            self._resampler, self._shape = AudioResampler(format="s16", layout="mono", rate=RATE_HZ), shape
-        return before + self._resample(self._resampler, frame)
+            self._shape = shape
+            self._resampler = AudioResampler(format="s16", layout=self._layout, rate=RATE_HZ)
+            self._waiting = AudioFifo()
+        frame.pts = None  # the queue would complain about gaps
+        try:
+            self._waiting.write(frame)
+        except ValueError as error:
+            raise unconvertible(error) from error
+        while self._waiting.samples >= rate:
+            done += self._resample(self._resampler, self._waiting.read(rate))
+        return done
 
     def end(self) -> list[NDArray[np.int16]]:
         """What is still held back. Raises MediaDamaged."""
         resampler, self._resampler = self._resampler, None
-        return [] if resampler is None else self._resample(resampler, None)
+        if resampler is None:
+            return []
+        rest = self._waiting.read()
+        return (self._resample(resampler, rest) if rest is not None else []) + self._resample(resampler, None)
 
     def _resample(self, resampler: AudioResampler, frame: Any) -> list[NDArray[np.int16]]:
         try:
-            return [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+            return [_channels(piece) for piece in resampler.resample(frame)]
         except (FFmpegError, ValueError) as error:
-            raise MediaDamaged(f"the sound cannot be converted ({_reason(error)})", hint="convert it to WAV, FLAC or MP3") from error
+            raise unconvertible(error) from error
+
+
+def unconvertible(error: Exception) -> MediaDamaged:
+    return MediaDamaged(f"the sound cannot be converted ({_reason(error)})", hint="convert it to WAV, FLAC or MP3")
+
+
+def _channels(frame: Any) -> NDArray[np.int16]:
+    """The samples of an interleaved frame, [channels, n]. (PyAV crashes on frames of 8 channels that lie one behind the other.)"""
+    samples: NDArray[np.int16] = frame.to_ndarray()
+    return samples.reshape(-1, frame.layout.nb_channels).T
+
+
+def heard_once(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The channels [c, n], silence in those that repeat an earlier one: "stereo" is often one voice twice. Overwrites them."""
+    repeats = [
+        number
+        for number in range(1, len(samples))
+        if any(np.abs(samples[number] - samples[earlier]).max(initial=0.0) < SAME_CHANNEL for earlier in range(number))
+    ]
+    samples[repeats] = 0.0
+    return samples
+
+
+# --- which track ---------------------------------------------------------------------------------------------------------------
+
+
+def track_of(number: int, stream: Any) -> Track:
+    return Track(number, stream.language or "", bool(stream.disposition & Disposition.default))
+
+
+def spoken(media: Any, streams: Sequence[Any], listen: Listen) -> list[float]:
+    """Seconds of speech on each of these tracks of a container, in a minute of it, whatever its length."""
+    length_s = float(media.duration or 0) / 1_000_000
+    all_s = LISTEN_PLACES * LISTEN_S
+    places = [(place + 0.5) / LISTEN_PLACES * length_s - LISTEN_S / 2 for place in range(LISTEN_PLACES)] if length_s > all_s else []
+    excerpts = [excerpt(media, streams, place_s, LISTEN_S) for place_s in places]
+    if not any(len(samples) for found in excerpts for samples in found):  # short, of unknown length, or it cannot be sought
+        excerpts = [excerpt(media, streams, 0.0, all_s)]
+    return [sum(map(listen, samples)) for samples in zip(*excerpts, strict=True)]
+
+
+def excerpt(media: Any, streams: Sequence[Any], begin_s: float, length_s: float) -> list[NDArray[np.float32]]:
+    """What can be read of these tracks from this place on, at most so much of each."""
+    sound: dict[int, list[NDArray[np.int16]]] = {stream.index: [] for stream in streams}
+    resampled = {stream.index: Resampled("mono") for stream in streams}
+    end_s = begin_s + length_s + float(media.start_time or 0) / 1_000_000
+    try:
+        media.seek(round(begin_s * 1_000_000) + (media.start_time or 0))
+        for count, packet in enumerate(media.demux(streams)):
+            if count > LISTEN_PACKETS_MAX or (packet.pts is not None and packet.pts * packet.time_base > end_s):
+                break
+            with contextlib.suppress(FFmpegError):
+                for frame in packet.decode():
+                    sound[packet.stream_index] += resampled[packet.stream_index].feed(frame)
+        for index, rest in resampled.items():
+            sound[index] += rest.end()
+    except (FFmpegError, MediaDamaged, IndexError):  # what was heard until here must do; reading it all will say what is wrong
+        pass
+    limit = round(length_s * RATE_HZ)
+    return [_floats(sound[stream.index])[0, :limit] if sound[stream.index] else np.zeros(0, np.float32) for stream in streams]
+
+
+def _floats(pieces: list[NDArray[np.int16]]) -> NDArray[np.float32]:
+    """The pieces one after the other, [channels, n], in -1..1."""
+    joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+    return np.asarray(np.multiply(joined, np.float32(1 / 32768), dtype=np.float32, order="C"))
+
+
+# --- the file ------------------------------------------------------------------------------------------------------------------
 
 
 def check_promised_size(descriptor: int) -> None:
     """Some containers say in their first bytes how large they are; FFmpeg believes the file instead. Raises MediaDamaged when cut off."""
-    promised = promised_bytes(os.pread(descriptor, 4096, 0))
-    there = os.fstat(descriptor).st_size
-    if promised is not None and promised - there > min(max(4096, LOSS_MAX_SHARE * promised), LOSS_MAX_BYTES):
+    promise, there = container.promise_of(descriptor), os.fstat(descriptor).st_size
+    if promise is not None and promise.size - there > promise.slack:
         raise MediaDamaged(
-            f"the recording is cut off: {there} of the {promised} bytes it promises are there",
+            f"the recording is cut off: {there} of the {promise.size} bytes it promises are there",
             hint="the copy was probably interrupted; copy the recording again",
         )
 
 
-def promised_bytes(head: bytes) -> int | None:
-    """The size of a WAV, AVI, RF64, W64 or ASF (WMA) by its own words; None for others, and for those that cannot know it."""
-    if head[:4] == b"RIFF" and head[8:12] in (b"WAVE", b"AVI "):
-        return _unless_piped(_number(head, 4, 4) + 8)
-    if head[:4] in (b"RF64", b"BW64") and head[12:16] == b"ds64":
-        return _unless_piped(_number(head, 20, 8) + 8)
-    if head.startswith(W64_RIFF):
-        return _unless_piped(_number(head, 16, 8))
-    properties = head.find(ASF_PROPERTIES) if head.startswith(ASF_HEADER) else -1
-    broadcast = properties >= 0 and _number(head, properties + 88, 1) & 1
-    return _number(head, properties + 40, 8) if properties >= 0 and not broadcast else None
-
-
-def _number(head: bytes, place: int, width: int) -> int:
-    return int.from_bytes(head[place : place + width], "little")
-
-
-def _unless_piped(size: int) -> int | None:
-    """Who writes into a pipe cannot know the size: 0, 2 GiB (arecord, sox) or 4 GiB (FFmpeg), less or more a little, and absurd ones
-    say nothing."""
-    return None if size <= 8 or size >= 1 << 62 or any(abs(size - (1 << power)) <= 8192 for power in (31, 32)) else size
-
-
-def behind_id3(descriptor: int, length: int) -> bytes:
-    """The first bytes behind the ID3 tag, which may hold pictures of megabytes."""
-    head = os.pread(descriptor, 10, 0)
-    tag = 0
-    if head[:3] == b"ID3" and len(head) == 10:
-        tag = 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-    return os.pread(descriptor, length, tag)
-
-
-def looks_like(head: bytes) -> str:
-    """What a file that is no recording probably is, from its first bytes; "" when they say nothing."""
-    for magic, kind in (
-        (b"\x89PNG", "a picture"),
-        (b"\xff\xd8\xff", "a picture"),
-        (b"GIF8", "a picture"),
-        (b"%PDF", "a PDF document"),
-        (b"PK\x03\x04", "a ZIP archive or an office document"),
-    ):
-        if head.startswith(magic):
-            return f"it is {kind}"
-    if head[4:8] == b"ftyp":
-        return "it is an MP4 whose index is missing or damaged: the recording or its copy was cut off"
-    return "it is a text file" if _is_text(head) else ""
-
-
-def _is_text(head: bytes) -> bool:
-    """Whether this is UTF-8 that people could read (bare samples are neither, most of the time)."""
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut in two
-    except UnicodeDecodeError:
-        return False
-    return bool(text) and all(char.isprintable() or char in "\t\n\r\f\ufeff" for char in text)
+def _length_s(stream: Any) -> float | None:
+    return float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""model: where the one model of this process comes from, and how it is loaded.
+"""model: where the one model of this process comes from, how it is loaded, given back and loaded again.
 
-Owns: names → directories → `WhisperModel`. A model is looked for on disk first; the network is used only to fetch one that is
-absent, and never when `offline`. Fails with `ModelAbsent` (waited for: no file is to blame) and `ModelUnusable`.
+Owns: names → directories → `Loaded`. A model is looked for on disk first; the network is used only to fetch one that is absent, and
+never when `offline`. Fails with `ModelAbsent` (waited for: no file is to blame), `ModelUnusable` and `CudaUnusable`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,29 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from loguru import logger
+
+from whisperd.engine import cuda, memory
+from whisperd.engine.torch_encoder import TorchEncoder, cpu_flags, pays, worth_trying
+from whisperd.engine.weights import WeightsUnreadable
 from whisperd.errors import WhisperdError
 
 if TYPE_CHECKING:
     from whisperd.wire import LoadModel
 
 DEMO = "demo"
+NEEDED = ("model.bin", "config.json", "tokenizer.json")
 HASHED_WHOLE_MAX_BYTES = 64 << 20
+FRAMES = 3000  # mel frames (10 ms) of a full window
+MEASURED_FRAMES = 1000  # of the window that encoders are compared on: a ninth of a full one's time
+UNLOAD_MAX_S = 10.0
+UNLOAD_LOOK_S = 0.001
 
 
 class ModelAbsent(WhisperdError):
@@ -35,43 +48,195 @@ class ModelUnusable(WhisperdError):
     recoverable = True
 
 
-class Loaded(NamedTuple):
-    """A model in memory, with what a transcript's provenance says of it."""
+@dataclass(eq=False)
+class Loaded:
+    """A model in memory, with what a transcript's provenance says of it. For one thread: CTranslate2's `encode` takes no lock.
+
+    `whisper` is a faster-whisper `WhisperModel`. `encoder` is "ctranslate2" or "torch"; then `torch_encoder` stands in for the model's own.
+    `stacked` says that windows are encoded several at a time, which gains nothing on a CPU.
+    """
 
     whisper: Any
     name: str
+    directory: str
     revision: str
     device: str
     compute_type: str
+    cpu_threads: int
+    n_mels: int
     load_s: float
+    warm_up_s: float = 0.0
+    encoder: str = "ctranslate2"
+    torch_encoder: TorchEncoder | None = None
+
+    @property
+    def stacked(self) -> bool:
+        return self.device == "cuda"
+
+    def unload(self) -> None:
+        """Give the model's memory back until `reload`. Raises ModelUnusable when the model is still at work after a while."""
+        model = self.whisper.model
+        until = time.monotonic() + UNLOAD_MAX_S
+        model.unload_model()
+        while model.model_is_loaded:  # a batch is counted a moment longer than its call takes, and meanwhile nothing is unloaded
+            if time.monotonic() > until:
+                raise ModelUnusable(
+                    f"cannot unload the model {self.name}: it has been at work for {UNLOAD_MAX_S:g} s",
+                    hint="it is given back when the engine ends",
+                )
+            time.sleep(UNLOAD_LOOK_S)
+            model.unload_model()
+        self.torch_encoder = None
+        memory.release_freed_memory()
+
+    def reload(self) -> None:
+        """Have the model in memory again; nothing where it is. Raises ModelUnusable, also when its files are others by now."""
+        try:
+            if not self.whisper.model.model_is_loaded:
+                self._see_that_files_are_the_same()
+                self.whisper.model.load_model()
+            if self.encoder == "torch" and self.torch_encoder is None:
+                self.torch_encoder = TorchEncoder(self.directory, self.cpu_threads)
+        except (RuntimeError, ValueError, OSError, MemoryError, WeightsUnreadable) as error:
+            raise _unusable(self.name, self.directory, self.device, self.compute_type, error) from error
+
+    def reseed(self, seed: int) -> None:
+        """Make the samples drawn from here on depend on `seed` (32 bits) alone. Raises ModelUnusable.
+
+        CTranslate2 seeds the generator of each of its threads once, at its first use, so this takes new threads: the model is loaded
+        again, which costs about as much as a window (docs/decisions/0009).
+        """
+        import ctranslate2
+
+        old = self.whisper.model
+        given = {"device": old.device, "compute_type": old.compute_type, "intra_threads": self.cpu_threads}
+        self.whisper.model = old = None  # first, so that both never need memory at a time
+        ctranslate2.set_random_seed(seed)  # type: ignore[attr-defined]
+        self.whisper.model = _reader(self.directory, **given)
+
+    def _see_that_files_are_the_same(self) -> None:
+        if revision_of(self.directory) != self.revision:
+            raise ModelUnusable(
+                f"cannot load the model {self.name} again: the files in {self.directory} were replaced",
+                hint="the engine must start anew: its transcripts would name another model than the one that wrote them",
+            )
+
+    def vram_used_mib(self) -> int | None:
+        """The most that the model and its batches took of the GPU since the last call, context left out; None on a CPU."""
+        return cuda.pool_peak_mib(0) if self.device == "cuda" else None
 
 
 def load(request: LoadModel) -> Loaded:
-    """Find, fetch when needed, and load. Raises ModelAbsent, ModelUnusable."""
+    """Find, fetch when needed, load, and do once what would hold up the first job. Raises ModelAbsent, ModelUnusable, CudaUnusable."""
     began = time.monotonic()
+    if request.device == "cuda":
+        for name, value in cuda.environment(request.cache_dir).items():
+            os.environ.setdefault(name, value)
+        cuda.prepare()
+    else:
+        memory.keep_freed_memory()
     directory = locate(request.model, request.cache_dir, offline=request.offline)
-    from faster_whisper import WhisperModel
-
     try:
-        whisper = WhisperModel(
+        whisper, revision = _read(request, directory)
+        loaded = Loaded(
+            whisper=whisper,
+            name=request.model,
+            directory=directory,
+            revision=revision,
+            device=str(whisper.model.device),
+            compute_type=str(whisper.model.compute_type),
+            cpu_threads=request.cpu_threads,
+            n_mels=int(whisper.model.n_mels),
+            load_s=time.monotonic() - began,
+        )
+        _warm_up(loaded, request.encoder)
+    except (RuntimeError, ValueError, OSError, MemoryError, WeightsUnreadable) as error:
+        raise _unusable(request.model, directory, request.device, request.compute_type, error) from error
+    return loaded
+
+
+def _unusable(model: str, directory: str, device: str, compute_type: str, error: Exception) -> ModelUnusable:
+    return ModelUnusable(
+        f"cannot load the model {model} from {directory} on {device} as {compute_type}: {str(error) or type(error).__name__}",
+        hint="check engine.device and engine.compute_type; if files are damaged, remove the directory and let it be fetched again",
+    )
+
+
+def _reader(directory: str, *, device: str, compute_type: str, intra_threads: int) -> Any:
+    import ctranslate2
+
+    return ctranslate2.models.Whisper(  # type: ignore[attr-defined]
+        directory, device=device, compute_type=compute_type, intra_threads=intra_threads
+    )
+
+
+def _read(request: LoadModel, directory: str) -> tuple[Any, str]:
+    """A WhisperModel and its revision. What needs no GIL, CTranslate2's reading and the digest, goes on beside the rest."""
+    with ThreadPoolExecutor(2) as readers:
+        digest = readers.submit(revision_of, directory)
+        reading = readers.submit(
+            _reader,
             directory,
             device=request.device,
             compute_type=request.compute_type,
-            cpu_threads=request.cpu_threads,
-            local_files_only=True,
+            intra_threads=request.cpu_threads,
         )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ModelUnusable(
-            f"cannot load the model {request.model} from {directory} on {request.device} as {request.compute_type}: {error}",
-            hint="check engine.device and engine.compute_type; if files are damaged, remove the directory and let it be fetched again",
-        ) from error
-    return Loaded(
-        whisper=whisper,
-        name=request.model,
-        revision=revision_of(directory),
-        device=str(whisper.model.device),
-        compute_type=str(whisper.model.compute_type),
-        load_s=time.monotonic() - began,
+        from faster_whisper import WhisperModel
+        from faster_whisper.feature_extractor import FeatureExtractor
+        from faster_whisper.utils import get_logger
+        from tokenizers import Tokenizer
+
+        whisper: Any = object.__new__(WhisperModel)  # its constructor does all this one after the other
+        whisper.logger = get_logger()  # type: ignore[no-untyped-call]
+        try:
+            whisper.hf_tokenizer = Tokenizer.from_file(os.path.join(directory, "tokenizer.json"))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise ValueError(f"its tokenizer.json cannot be used: {error}") from error
+        whisper.feat_kwargs = whisper._get_feature_kwargs(directory)
+        whisper.feature_extractor = extractor = FeatureExtractor(**whisper.feat_kwargs)  # type: ignore[no-untyped-call]
+        whisper.input_stride = 2
+        whisper.num_samples_per_token = extractor.hop_length * whisper.input_stride
+        whisper.frames_per_second = extractor.sampling_rate // extractor.hop_length
+        whisper.tokens_per_second = extractor.sampling_rate // whisper.num_samples_per_token
+        whisper.time_precision = 0.02
+        whisper.max_length = 448
+        whisper.model = reading.result()
+        return whisper, digest.result()
+
+
+def _warm_up(loaded: Loaded, encoder: str) -> None:
+    """On a GPU, one window of silence through the model: kernels are compiled, cuBLAS starts. On a CPU, the choice of the encoder."""
+    began = time.monotonic()
+    if loaded.device == "cuda":
+        _run_silence(loaded)
+    elif encoder == "torch":
+        loaded.encoder, loaded.torch_encoder = "torch", TorchEncoder(loaded.directory, loaded.cpu_threads)
+    elif encoder == "auto" and worth_trying(cpu_flags()):
+        _try_torch(loaded)
+    loaded.warm_up_s = time.monotonic() - began
+
+
+def _run_silence(loaded: Loaded) -> None:
+    from ctranslate2 import StorageView  # type: ignore[attr-defined]
+
+    model = loaded.whisper.model
+    encoded = model.encode(StorageView.from_array(np.zeros((1, loaded.n_mels, FRAMES), dtype=np.float32)))
+    model.generate(encoded, [[loaded.whisper.hf_tokenizer.token_to_id("<|startoftranscript|>")]], beam_size=5, max_length=16)
+
+
+def _try_torch(loaded: Loaded) -> None:
+    """Use PyTorch's encoder if it is clearly the faster one; the log says by how much."""
+    try:
+        encoder = TorchEncoder(loaded.directory, loaded.cpu_threads)
+    except WeightsUnreadable as error:  # CTranslate2 could read them: older files are laid out otherwise
+        logger.info(f"the encoder stays CTranslate2's: {error}")
+        return
+    measured = pays(loaded.whisper.model, encoder, np.zeros((1, loaded.n_mels, MEASURED_FRAMES), dtype=np.float32))
+    if measured.pays:
+        loaded.encoder, loaded.torch_encoder = "torch", encoder
+    logger.info(
+        f"the encoder is {loaded.encoder}: {MEASURED_FRAMES // 100} s of sound take CTranslate2 {measured.ctranslate2_s:.3f} s "
+        f"and PyTorch {measured.torch_s:.3f} s of a processor"
     )
 
 
@@ -82,7 +247,7 @@ def locate(model: str, cache_dir: str, *, offline: bool) -> str:
             return str(path)
     if os.path.isabs(model):
         return _directory(model)
-    cached = _from_hub(model, cache_dir, local_files_only=True)
+    cached = _from_cache(model, cache_dir) or _from_hub(model, cache_dir, local_files_only=True)
     if isinstance(cached, str):
         return cached
     if offline:
@@ -93,13 +258,32 @@ def locate(model: str, cache_dir: str, *, offline: bool) -> str:
     raise _absent(model, cache_dir, f"it cannot be fetched ({_first_line(fetched)})")
 
 
+def _is_whole(directory: str) -> bool:
+    return all(os.path.isfile(os.path.join(directory, name)) for name in NEEDED)
+
+
 def _directory(path: str) -> str:
-    if os.path.isfile(os.path.join(path, "model.bin")):
+    if _is_whole(path):
         return path
+    absent = next(name for name in NEEDED if not os.path.isfile(os.path.join(path, name)))
     raise ModelAbsent(
-        f"cannot load the model {path}: there is no model.bin in that directory",
+        f"cannot load the model {path}: there is no {absent} in that directory",
         hint="engine.model must be a directory with a CTranslate2 Whisper model (model.bin, config.json, tokenizer.json)",
     )
+
+
+def _from_cache(model: str, cache_dir: str) -> str | None:
+    """A copy that is whole, without the hub's client, whose import takes a tenth of a second."""
+    from faster_whisper import utils
+
+    repository = getattr(utils, "_MODELS", {}).get(model, model)
+    home = os.path.join(cache_dir, "models--" + repository.replace("/", "--"))
+    try:
+        with open(os.path.join(home, "refs", "main"), encoding="ascii") as reference:
+            directory = os.path.join(home, "snapshots", reference.read().strip())
+    except (OSError, UnicodeDecodeError):
+        return None
+    return directory if _is_whole(directory) else None
 
 
 def _from_hub(model: str, cache_dir: str, *, local_files_only: bool) -> str | Exception:
@@ -109,7 +293,7 @@ def _from_hub(model: str, cache_dir: str, *, local_files_only: bool) -> str | Ex
         directory = str(download_model(model, cache_dir=cache_dir, local_files_only=local_files_only))
     except Exception as error:  # noqa: BLE001 - the hub client raises dozens of kinds; each means "not there", and is quoted
         return error
-    return directory if os.path.isfile(os.path.join(directory, "model.bin")) else FileNotFoundError("the copy in the cache is not whole")
+    return directory if _is_whole(directory) else FileNotFoundError("the copy in the cache is not whole")
 
 
 def _absent(model: str, cache_dir: str, why: str) -> ModelAbsent:

@@ -146,6 +146,10 @@ def open_for_reading(state_dir: str) -> Database:
                 raise StateDirError(
                     f"no ledger in {state_dir} yet: {path} is empty", hint="has the daemon run with this configuration yet?"
                 )
+            if MIGRATIONS.pending(Database(connection)):
+                raise StateDirError(
+                    f"the ledger {path} is of an older whisperd", hint="restart the daemon: it brings the ledger up to date"
+                )
         except BaseException:
             connection.close()
             raise

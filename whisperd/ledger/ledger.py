@@ -117,8 +117,10 @@ class Ledger(Queries):
 
     # Lists are read whole here: an open cursor pins a moment of the file, and nothing can be written upon a moment that has passed.
 
-    def jobs(self, *, state: str | None = None, inbox: bytes | None = None, limit: int = -1, newest: bool = False) -> Iterator[Row]:
-        return iter(list(super().jobs(state=state, inbox=inbox, limit=limit, newest=newest)))
+    def jobs(
+        self, *, state: str | None = None, inbox: bytes | None = None, quality: str | None = None, limit: int = -1, newest: bool = False
+    ) -> Iterator[Row]:
+        return iter(list(super().jobs(state=state, inbox=inbox, quality=quality, limit=limit, newest=newest)))
 
     def latest_per_path(self, inbox: int) -> Iterator[Row]:
         return iter(list(super().latest_per_path(inbox)))
@@ -215,8 +217,22 @@ class Ledger(Queries):
                 **_NO_FAILURE,
             )
 
-    def checkpoint(self, job: int, child: str, window: Window, now: float, *, lease_s: float, duration_s: float | None = None) -> None:
-        """Keep one finished window; it is the lease's heartbeat, too. The same window again changes nothing."""
+    def checkpoint(
+        self,
+        job: int,
+        child: str,
+        window: Window,
+        now: float,
+        *,
+        lease_s: float,
+        duration_s: float | None = None,
+        made_by: str = "",
+        front_end: bytes = b"",
+    ) -> None:
+        """Keep one finished window; it is the lease's heartbeat, too. The same window again changes nothing.
+
+        `made_by` names what made it (see `drop_foreign_checkpoints`); `front_end` is kept for the last window only.
+        """
         with self.transaction():
             self._move(
                 "checkpoint",
@@ -229,13 +245,35 @@ class Ledger(Queries):
                 **_known(duration_s=duration_s),
             )
             self.db.conn.execute(
-                "INSERT INTO checkpoint (job_id, window_index, end_s, body) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                [job, window.index, window.end_s, _json(window)],
+                "INSERT INTO checkpoint (job_id, window_index, end_s, body, made_by, front_end) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT DO NOTHING",
+                [job, window.index, window.end_s, _json(window), made_by, front_end or None],
             )
+            self.db.conn.execute("UPDATE checkpoint SET front_end = NULL WHERE job_id = ? AND window_index = ?", [job, window.index - 1])
+
+    def drop_foreign_checkpoints(self, job: int, child: str, made_by: str, now: float) -> int:
+        """Windows that something else made (another model, other options) are not gone on from; returns how many were dropped."""
+        with self.transaction():
+            if not self.exists(job):
+                self._refuse("resume", job, child)
+            foreign = self.db.table("checkpoint").count_where("job_id = ? AND made_by <> ?", [job, made_by])
+            if not foreign:
+                return 0
+            self._move("progress", job, now, child=child, position_s=0.0)
+            return self._forget_checkpoints(job)
 
     def progress(self, job: int, child: str, position_s: float, duration_s: float | None, now: float, *, lease_s: float) -> None:
         """The recording was read further."""
         self._move("progress", job, now, child=child, lease_until=now + lease_s, position_s=position_s, **_known(duration_s=duration_s))
+
+    def renew(self, child: str, now: float, *, lease_s: float) -> None:
+        """The leases of all jobs in a child's hands: it moves, though perhaps not with each of them."""
+        with self.transaction():
+            self.db.conn.execute(
+                "UPDATE job SET verb = 'progress', note = '', updated_at = :now, lease_until = :until"
+                " WHERE state = 'running' AND lease_child = :child AND lease_epoch = :epoch",
+                {"now": now, "until": now + lease_s, "child": child, "epoch": self.epoch},
+            )
 
     def release(self, job: int, child: str, failure: Failure, now: float, *, not_before: float, tail: str = "") -> None:
         """running → ready: try again later; the attempt stays counted."""
@@ -277,7 +315,17 @@ class Ledger(Queries):
             return [row["id"] for row in rows]
 
     def finish(
-        self, job: int, child: str, now: float, *, transcript: str, sha256: str, duration_s: float, language: str, process_s: float
+        self,
+        job: int,
+        child: str,
+        now: float,
+        *,
+        transcript: str,
+        sha256: str,
+        duration_s: float,
+        language: str,
+        process_s: float,
+        quality: str,
     ) -> None:
         """running → transcribed: the transcript is staged and durable, so the windows are no longer needed."""
         with self.transaction():
@@ -292,6 +340,7 @@ class Ledger(Queries):
                 position_s=duration_s,
                 language=language,
                 process_s=process_s,
+                quality=quality,
                 **_NO_LEASE,
             )
             self._forget_checkpoints(job)
@@ -408,6 +457,28 @@ class Ledger(Queries):
         with self.transaction():
             self.db.table("throughput").insert({"at": now, "job_id": job, "workers": workers, "audio_s": audio_s, "wall_s": wall_s})
 
+    def record_vram_peak(
+        self, *, gpu: str, driver: str, model: str, compute_type: str, batch: int, beam: int, frames: int, peak_mib: int, now: float
+    ) -> None:
+        """The most memory of a GPU that a batch of this shape has been seen with; a smaller figure changes nothing."""
+        row = {
+            "gpu": gpu,
+            "driver": driver,
+            "model": model,
+            "compute_type": compute_type,
+            "batch": batch,
+            "beam": beam,
+            "frames": frames,
+            "peak_mib": peak_mib,
+            "measured_at": now,
+        }
+        with self.transaction():
+            self.db.conn.execute(
+                _insert("vram_peak", row) + " ON CONFLICT DO UPDATE SET peak_mib = excluded.peak_mib, measured_at = excluded.measured_at"
+                " WHERE excluded.peak_mib > vram_peak.peak_mib",
+                row,
+            )
+
     def raise_alert(self, check: str, what: str, now: float) -> bool:
         """Open an alert; False when it is open already."""
         with self.transaction():
@@ -460,8 +531,8 @@ class Ledger(Queries):
         with self._turn, write_lock(self.state_dir):
             self.db.conn.close()
 
-    def _forget_checkpoints(self, job: int) -> None:
-        self.db.conn.execute("DELETE FROM checkpoint WHERE job_id = ?", [job])
+    def _forget_checkpoints(self, job: int) -> int:
+        return int(self.db.conn.execute("DELETE FROM checkpoint WHERE job_id = ?", [job]).rowcount)
 
 
 def _known(**columns: Any) -> dict[str, Any]:

@@ -19,6 +19,13 @@ def schema_1(db: Database) -> None:
         db.conn.execute(statement)
 
 
+@MIGRATIONS()
+def schema_2(db: Database) -> None:
+    """Quality of transcripts, checkpoints that know what made them, VRAM peaks by the whole shape of a batch."""
+    for statement in _statements(files("whisperd.ledger").joinpath("schema_2.sql").read_text("utf-8")):
+        db.conn.execute(statement)
+
+
 def _statements(script: str) -> list[str]:
     """Split a script (executescript would commit the migration's own transaction)."""
     import sqlite3

@@ -17,6 +17,7 @@ from whisperd.vocabulary import JobOptions, State, Window
 
 Row = dict[str, Any]
 
+QUALITIES = ("good", "second_pass", "doubtful")
 JOB_COLUMNS = "job.*, inbox.path AS inbox_path, inbox.outbox AS outbox"
 _JOBS = f"SELECT {JOB_COLUMNS} FROM job JOIN inbox ON inbox.id = job.inbox_id"
 
@@ -55,12 +56,14 @@ class Queries:
                 return row
         raise LookupError(f"no job {job}")
 
-    def jobs(self, *, state: str | None = None, inbox: bytes | None = None, limit: int = -1, newest: bool = False) -> Iterator[Row]:
-        where = [clause for clause, wanted in (("job.state = :state", state), ("inbox.path = :inbox", inbox)) if wanted is not None]
+    def jobs(
+        self, *, state: str | None = None, inbox: bytes | None = None, quality: str | None = None, limit: int = -1, newest: bool = False
+    ) -> Iterator[Row]:
+        columns = {"state": "job.state", "inbox": "inbox.path", "quality": "job.quality"}
+        wanted = {name: value for name, value in (("state", state), ("inbox", inbox), ("quality", quality)) if value is not None}
+        condition = " AND ".join(f"{columns[name]} = :{name}" for name in wanted) or "TRUE"
         order = "DESC" if newest else "ASC"
-        condition = f" WHERE {' AND '.join(where)}" if where else ""
-        parameters = {key: value for key, value in (("state", state), ("inbox", inbox)) if value is not None}
-        return self.db.query(f"{_JOBS}{condition} ORDER BY job.id {order} LIMIT :limit", {**parameters, "limit": limit})
+        return self.db.query(f"{_JOBS} WHERE {condition} ORDER BY job.id {order} LIMIT :limit", {**wanted, "limit": limit})
 
     def live_job(self, inbox: int, path: bytes) -> Row | None:
         """The one job of a path whose source is still needed."""
@@ -140,6 +143,11 @@ class Queries:
         rows = self.db.table("checkpoint").rows_where("job_id = ?", [job], order_by="window_index")
         return [msgspec.json.decode(row["body"], type=Window) for row in rows]
 
+    def front_end(self, job: int) -> bytes:
+        """The front end's state after the last finished window; empty when it is not known."""
+        rows = self.db.query("SELECT front_end FROM checkpoint WHERE job_id = ? ORDER BY window_index DESC LIMIT 1", [job])
+        return next((bytes(row["front_end"]) for row in rows if row["front_end"] is not None), b"")
+
     def events(self, job: int) -> list[Row]:
         return list(self.db.table("event").rows_where("job_id = ?", [job], order_by="id"))
 
@@ -183,6 +191,11 @@ class Queries:
         )
         found = {row["state"]: row["n"] for row in rows}
         return {"done": found.get("done", 0), "failed": found.get("failed", 0)}
+
+    def qualities(self) -> dict[str, int]:
+        """How many of the transcripts that are out have which verdict (zeros included)."""
+        rows = self.db.query("SELECT quality, count(*) AS n FROM job WHERE quality IS NOT NULL AND state = 'done' GROUP BY quality")
+        return dict.fromkeys(QUALITIES, 0) | {row["quality"]: row["n"] for row in rows}
 
     def oldest_ready_at(self) -> float | None:
         row = self.db.conn.execute(

@@ -3,10 +3,11 @@ outbox knows its own files by that.
 
 Owns: `FORMATS`, the renderers by name, and what each shape promises:
 
-  txt   one line for each segment
-  srt   numbered cues, comma milliseconds, CRLF-free; `-->` in a text becomes `->`, since SubRip cannot quote it
-  vtt   WebVTT; `&`, `<` and `>` are escaped
-  tsv   `start`, `end` (milliseconds) and `text`, tab-separated, with a header line: what openai-whisper writes
+  txt   one line for each segment; where there are speakers, a name and a colon where another one begins to speak
+  srt   numbered cues, comma milliseconds, CRLF-free; `-->` in a text becomes `->`, since SubRip cannot quote it; each cue of a speaker
+        begins with the name and a colon
+  vtt   WebVTT; `&`, `<` and `>` are escaped; a speaker is a voice: `<v Name>`
+  tsv   `start`, `end` (milliseconds) and `text`, tab-separated, with a header line: what openai-whisper writes; names as in srt
   json  everything, with its provenance: see `document`
 
 Texts are cleaned alike for all of them: one line, no control characters. Segments without any text have no line and no cue;
@@ -19,7 +20,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
@@ -35,11 +35,12 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Cue(NamedTuple):
-    """One line of text with its place, in whole milliseconds."""
+    """One line of text with its place, in whole milliseconds, and who says it ("" when nobody is named)."""
 
     start_ms: int
     end_ms: int
     text: str
+    speaker: str = ""
 
 
 def render(transcript: Transcript, wanted: str) -> bytes:
@@ -61,8 +62,22 @@ def _line(segment: Segment) -> str:
     return one_line(segment.text).strip()
 
 
+def _speaker(segment: Segment) -> str:
+    return one_line(segment.speaker).strip()
+
+
+def _named(speaker: str, text: str) -> str:
+    return f"{speaker}: {text}" if speaker else text
+
+
 def _lines(transcript: Transcript) -> Iterator[str]:
-    return filter(None, map(_line, transcript.segments))
+    """The texts, each change of the speaker named."""
+    last = ""
+    for segment in transcript.segments:
+        text, speaker = _line(segment), _speaker(segment)
+        if text:
+            yield text if speaker == last else _named(speaker, text)
+            last = speaker
 
 
 def milliseconds(seconds: float) -> int:
@@ -76,16 +91,25 @@ def _span(part: Segment | Word) -> tuple[int, int]:
 
 
 def cues(transcript: Transcript) -> list[Cue]:
-    """The segments as players can show them: in order, each at least a millisecond long, none over the next one."""
-    rising: list[Cue] = []
+    """The segments as players can show them: in order, each at least a millisecond long, none over the next one of the same speaker.
+
+    Two speakers may talk at the same time.
+    """
+    found: list[Cue] = []
+    latest: dict[str, int] = {}  # of each speaker
     for segment in transcript.segments:
-        text = _line(segment)
-        if text:
-            start, end = _span(segment)
-            start = max(start, rising[-1].start_ms + 1) if rising else start
-            rising.append(Cue(start, max(end, start + 1), text))
-    ends = [min(cue.end_ms, following.start_ms) for cue, following in pairwise(rising)]
-    return [cue._replace(end_ms=end) for cue, end in zip(rising, ends, strict=False)] + rising[-1:]
+        text, speaker = _line(segment), _speaker(segment)
+        if not text:
+            continue
+        start, end = _span(segment)
+        start = max(start, found[-1].start_ms) if found else start
+        if speaker in latest:
+            before = found[latest[speaker]]
+            start = max(start, before.start_ms + 1)
+            found[latest[speaker]] = before._replace(end_ms=min(before.end_ms, start))
+        latest[speaker] = len(found)
+        found.append(Cue(start, max(end, start + 1), text, speaker))
+    return found
 
 
 def timestamp(ms: int, comma: str) -> str:
@@ -108,12 +132,19 @@ def _txt(transcript: Transcript) -> str:
 
 
 def _srt(transcript: Transcript) -> str:
-    blocks = (f"{number}\n{_timing(cue, ',')}\n{_ARROW.sub('->', cue.text)}\n" for number, cue in enumerate(cues(transcript), 1))
+    blocks = (
+        f"{number}\n{_timing(cue, ',')}\n{_ARROW.sub('->', _named(cue.speaker, cue.text))}\n"
+        for number, cue in enumerate(cues(transcript), 1)
+    )
     return "\n".join(blocks)
 
 
 def _vtt(transcript: Transcript) -> str:
-    return "\n".join(["WEBVTT\n", *(f"{_timing(cue, '.')}\n{_escaped(cue.text)}\n" for cue in cues(transcript))])
+    return "\n".join(["WEBVTT\n", *(f"{_timing(cue, '.')}\n{_voice(cue)}{_escaped(cue.text)}\n" for cue in cues(transcript))])
+
+
+def _voice(cue: Cue) -> str:
+    return f"<v {_escaped(cue.speaker)}>" if cue.speaker else ""
 
 
 def _escaped(text: str) -> str:
@@ -121,7 +152,7 @@ def _escaped(text: str) -> str:
 
 
 def _tsv(transcript: Transcript) -> str:
-    rows = (f"{cue.start_ms}\t{cue.end_ms}\t{cue.text}\n" for cue in cues(transcript))
+    rows = (f"{cue.start_ms}\t{cue.end_ms}\t{_named(cue.speaker, cue.text)}\n" for cue in cues(transcript))
     return "".join(["start\tend\ttext\n", *rows])
 
 
@@ -132,7 +163,8 @@ def _json(transcript: Transcript) -> str:
 def document(transcript: Transcript) -> dict[str, Any]:
     """The json format: its keys and their order are a contract, `schema` names its version. Times are seconds.
 
-    `text` is what the txt format holds. `segments[].id` counts from 0; `words` is there only when words were asked for.
+    `text` is what the txt format holds. `segments[].id` counts from 0; `speaker`, `doubts` (what speaks against a text) and `words` are
+    there only when there are any. `quality` is the verdict on the whole: good, second_pass or doubtful.
     """
     return {
         "schema": transcript.schema,
@@ -141,6 +173,7 @@ def document(transcript: Transcript) -> dict[str, Any]:
         "options": msgspec.to_builtins(transcript.options),
         "language": transcript.language,
         "language_probability": transcript.language_probability,
+        "quality": _quality(transcript),
         "text": "\n".join(_lines(transcript)),
         "segments": [_segment(number, segment) for number, segment in enumerate(transcript.segments)],
     }
@@ -156,6 +189,9 @@ def _source(transcript: Transcript) -> dict[str, Any]:
         "sha256": summary.source_sha256,
         "container": summary.container,
         "codec": summary.codec,
+        "track": summary.track,
+        "tracks": summary.tracks,
+        "channels": summary.channels,
         "duration_s": round(summary.duration_s, 3),
         "speech_s": round(summary.speech_s, 3),
     }
@@ -169,6 +205,20 @@ def _engine(transcript: Transcript) -> dict[str, Any]:
         "model_revision": summary.model_revision,
         "device": summary.device,
         "compute_type": summary.compute_type,
+        "encoder": summary.encoder,
+    }
+
+
+def _quality(transcript: Transcript) -> dict[str, Any]:
+    """The verdict and what speaks against the text (`complaints`) and against the recording (`doubts`: it may be cut off)."""
+    quality = transcript.quality
+    return {
+        "verdict": quality.verdict,
+        "windows": quality.windows,
+        "second_pass": quality.second_pass,
+        "doubtful": quality.doubtful,
+        "complaints": list(quality.complaints),
+        "doubts": list(transcript.summary.doubts),
     }
 
 
@@ -178,11 +228,13 @@ def _segment(number: int, segment: Segment) -> dict[str, Any]:
         "id": number,
         "start": start / 1000,
         "end": end / 1000,
+        **({"speaker": _speaker(segment)} if _speaker(segment) else {}),
         "text": _line(segment),
         "avg_logprob": round(segment.avg_logprob, 4),
         "no_speech_prob": round(segment.no_speech_prob, 4),
         "compression_ratio": round(segment.compression_ratio, 4),
         "temperature": round(segment.temperature, 4),
+        **({"doubts": list(segment.doubts)} if segment.doubts else {}),
         **({"words": [_word(word) for word in segment.words]} if segment.words else {}),
     }
 

@@ -12,6 +12,13 @@ SCHEMA = "whisperd.job/1"
 LIST_SCHEMA = "whisperd.jobs/1"
 
 
+QUALITY = {
+    "good": "good",
+    "second_pass": "good, after a second pass over parts of it",
+    "doubtful": "doubtful: the JSON transcript marks the parts",
+}
+
+
 def brief(row: Row) -> dict[str, Any]:
     """One line of `whisperd jobs` (schema whisperd.job/1, short form)."""
     return {
@@ -24,6 +31,7 @@ def brief(row: Row) -> dict[str, Any]:
         "duration_s": row["duration_s"],
         "language": row["language"],
         "process_s": row["process_s"],
+        "quality": row["quality"],
         "seen_at": row["seen_at"],
         "ended_at": row["ended_at"],
         "failure": _failure(row),
@@ -67,6 +75,8 @@ def render(shown: dict[str, Any]) -> str:
         lines.append(
             f"  length    {shown['duration_s']:.1f} s, language {shown['language'] or '?'}, worked {shown['process_s'] or 0:.1f} s"
         )
+    if shown["quality"]:
+        lines.append(f"  quality   {QUALITY[shown['quality']]}")
     if shown["failure"]:
         lines += [f"  failure   {shown['failure']['what']}", f"  to do     {shown['failure']['hint'] or '-'}"]
     lines += [f"  | {line}" for line in shown["last_lines"]]
@@ -86,5 +96,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         length = "" if row["duration_s"] is None else f"{row['duration_s']:.1f} s"
         why = f"  [{row['failure']['what']}]" if row["failure"] and row["state"] == "failed" else ""
+        why = "  [doubtful]" if row["quality"] == "doubtful" else why
         lines.append(f"{row['job']:>6}  {row['state']:<11} {length:>8}  {row['attempts']:>3}  {row['path']}{why}")
     return "\n".join(lines)

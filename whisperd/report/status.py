@@ -28,7 +28,9 @@ def snapshot(ledger: Queries, state_dir: str, now: float) -> dict[str, Any]:
         "outboxes_down": said.get("outboxes_down", []),
         "model": said.get("model") or None,
         "engines": said.get("engines", []),
+        "batches": said.get("batches"),
         "counts": ledger.counts(),
+        "quality": ledger.qualities(),
         "running": [_running(row, now) for row in ledger.running()],
         "last_hour": {**ledger.outcomes_since(now - 3600), "audio_s": round(audio_s, 1), "working_s": round(wall_s, 1)},
         "gpus": [
@@ -106,6 +108,9 @@ def render(shown: dict[str, Any]) -> str:
         lines.append(f"waits      {shown['waits_for']}")
     lines += [f"waits      {reason}" for reason in shown["outboxes_down"]]
     lines.append("files      " + "  ".join(f"{name} {number}" for name, number in counts.items() if number) or "files      none yet")
+    doubtful = shown["quality"]["doubtful"]
+    if doubtful:
+        lines.append(f"doubtful   {doubtful} of the files that are done: see `whisperd jobs --quality doubtful`")
     for job in shown["running"]:
         lines.append("running    " + _running_line(job))
     hour = shown["last_hour"]
@@ -116,6 +121,8 @@ def render(shown: dict[str, Any]) -> str:
         )
     if shown["model"]:
         lines.append(f"model      {shown['model']}")
+    if shown["batches"] and shown["batches"]["batches"]:
+        lines.append(f"engine     {_batches_line(shown['batches'])}")
     lines += [f"gpu        {_gpu_line(gpu)}" for gpu in shown["gpus"]]
     if shown["plan"]:
         lines.append(f"plan       {shown['plan']['workers']} worker(s): {shown['plan']['reason']}")
@@ -135,6 +142,14 @@ def _running_line(job: dict[str, Any]) -> str:
     share = "" if job["share"] is None else f"  {bar(job['share'])} {job['share']:4.0%}"
     eta = "" if job["eta_s"] is None else f", about {duration(job['eta_s'])} left"
     return f"#{job['job']} {job['path']}{share}{eta}"
+
+
+def _batches_line(sums: dict[str, Any]) -> str:
+    encoder = "" if sums["encoded_per_needed"] is None else f", encoder {sums['encoded_per_needed']:.2f} per window"
+    return (
+        f"{sums['windows']} windows in {sums['batches']} batches (mean {sums['mean_batch']:.1f} of {sums['mean_limit']:.3g}){encoder},"
+        f" {sums['out_of_memory']} out of memory"
+    )
 
 
 def _gpu_line(gpu: dict[str, Any]) -> str:
