@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo test bench lint docs wheel clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/whisperd demo
@@ -11,6 +11,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev lint
 	./scripts/debian-packages espeak-ng ffmpeg systemd dbus iproute2
 	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/.installed-bench
+	./scripts/debian-packages ffmpeg
+	$(VENV)/bin/python -m bench.all
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -36,4 +40,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# whisper-s2t asks for other versions than it needs.
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --editable '.[bench]'
+	$(PIP) install --no-deps whisper-s2t==1.3.1
 	touch $@
