@@ -164,6 +164,17 @@ class Summary(Noun, frozen=True):
     doubts: tuple[str, ...] = ()  # about the container: it may be cut off
 
 
+class WindowVerdict(Noun, frozen=True):
+    """What a transcript keeps of one of its windows: where it lies, which language was heard, and the gate's verdict."""
+
+    start_s: float
+    end_s: float
+    channel: int
+    language: str
+    language_probability: float
+    verdict: Verdict
+
+
 class Quality(Noun, frozen=True):
     """The verdict on a whole transcript, and how many of its windows stand for it."""
 
@@ -186,6 +197,7 @@ class Transcript(Noun, frozen=True):
     summary: Summary
     mtime_ns: int
     quality: Quality = Quality()
+    windows: tuple[WindowVerdict, ...] = ()
     schema: str = "whisperd.transcript/1"
 
 
@@ -207,6 +219,17 @@ def assemble(*, source: str, size: int, mtime_ns: int, windows: list[Window], op
         options=options,
         summary=summary,
         quality=quality_of(ordered, summary.doubts),
+        windows=tuple(
+            WindowVerdict(
+                start_s=window.start_s,
+                end_s=window.end_s,
+                channel=window.channel,
+                language=window.language,
+                language_probability=window.language_probability,
+                verdict=window.verdict,
+            )
+            for window in ordered
+        ),
     )
 
 

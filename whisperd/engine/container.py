@@ -39,7 +39,7 @@ def promise_of(descriptor: int) -> Promise | None:
     if head.startswith(W64_RIFF):
         return _promise(_unless_piped(_number(head, 16, 8)), slack=256)
     size = _unless_piped(_number(head, 4, 4) + 8) if head[:4] == b"RIFF" and head[8:12] == b"AVI " else _asf(head)
-    return _promise(size, slack=min(max(4096, (size or 0) // 33), 65_536))
+    return _roughly(size)
 
 
 def _wave(descriptor: int, head: bytes) -> Promise | None:
@@ -51,7 +51,7 @@ def _wave(descriptor: int, head: bytes) -> Promise | None:
         if name == b"data":
             samples = _unless_piped(_number(head, 28, 8) if head[12:16] == b"ds64" else size)
             return None if samples is None else Promise(place + samples, slack=min(4096, max(64, a_second // 4)))
-    return None
+    return _roughly(_unless_piped(_number(head, 4, 4) + 8))  # cut off before its samples
 
 
 def _caf(descriptor: int) -> Promise | None:
@@ -77,6 +77,11 @@ def _asf(head: bytes) -> int | None:
     properties = head.find(ASF_PROPERTIES) if head.startswith(ASF_HEADER) else -1
     broadcast = properties >= 0 and _number(head, properties + 88, 1) & 1
     return _number(head, properties + 40, 8) if properties >= 0 and not broadcast else None
+
+
+def _roughly(size: int | None) -> Promise | None:
+    """The size of the whole file, which writers count less well than that of the samples."""
+    return _promise(size, slack=min(max(4096, (size or 0) // 33), 65_536))
 
 
 def _promise(size: int | None, *, slack: int) -> Promise | None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from whisperd.outbox.failures import UnknownFormat
-from whisperd.vocabulary import Segment, Transcript, Word
+from whisperd.vocabulary import Segment, Transcript, WindowVerdict, Word
 
 _BREAKS = re.compile("[\t\n\x0b\x0c\r\x1c-\x1f\x85\u2028\u2029]+")
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
@@ -164,7 +164,8 @@ def document(transcript: Transcript) -> dict[str, Any]:
     """The json format: its keys and their order are a contract, `schema` names its version. Times are seconds.
 
     `text` is what the txt format holds. `segments[].id` counts from 0; `speaker`, `doubts` (what speaks against a text) and `words` are
-    there only when there are any. `quality` is the verdict on the whole: good, second_pass or doubtful.
+    there only when there are any. `quality` is the verdict on the whole: good, second_pass or doubtful. `windows` are the stretches that
+    were decoded, each with its language and its own verdict.
     """
     return {
         "schema": transcript.schema,
@@ -176,6 +177,7 @@ def document(transcript: Transcript) -> dict[str, Any]:
         "quality": _quality(transcript),
         "text": "\n".join(_lines(transcript)),
         "segments": [_segment(number, segment) for number, segment in enumerate(transcript.segments)],
+        "windows": [_window(window) for window in transcript.windows],
     }
 
 
@@ -236,6 +238,19 @@ def _segment(number: int, segment: Segment) -> dict[str, Any]:
         "temperature": round(segment.temperature, 4),
         **({"doubts": list(segment.doubts)} if segment.doubts else {}),
         **({"words": [_word(word) for word in segment.words]} if segment.words else {}),
+    }
+
+
+def _window(window: WindowVerdict) -> dict[str, Any]:
+    return {
+        "start": window.start_s,
+        "end": window.end_s,
+        "channel": window.channel,
+        "language": window.language,
+        "language_probability": window.language_probability,
+        "verdict": window.verdict.quality,
+        "attempts": window.verdict.passes,
+        "complaints": list(window.verdict.complaints),
     }
 
 
