@@ -35,6 +35,7 @@ SHORT_STEP_FRAMES = 200  # windows of about equal length share a batch
 SHORT_MARGIN_FRAMES = 50
 CLIMB_AFTER = 64  # batches without trouble after which a limit lowered for memory is doubled again
 OWN_LANGUAGE_MIN = 0.5  # a window less sure than this speaks the recording's language (`language_per_window`)
+PASSED_OVER_MAX = 2
 STRETCH_PAD_FRAMES = 20
 STRETCH_MIN_FRAMES = 200
 
@@ -114,6 +115,7 @@ class Batcher:
         self._unencoded: deque[WindowWork] = deque()
         self._pending: list[WindowWork] = []
         self._alone: deque[WindowWork] = deque()  # for passes at a temperature above zero
+        self._passed_over = 0  # calls without the oldest pending window
         self._sampled: WindowWork | None = None  # whose samples the generator is drawing
         self._needed: dict[int, set[tuple[int, int, int, int]]] = {}
         self.total = Counts()
@@ -218,6 +220,7 @@ class Batcher:
             for work in works:
                 self._pending.remove(work)
             return self._trouble(error, works, "generate")
+        self._passed_over = 0 if self._pending[0] in works else self._passed_over + 1
         for work in works:
             self._pending.remove(work)
         self._climb()
@@ -307,19 +310,15 @@ class Batcher:
         return transcript.prompt(self._whisper, self._tokenizer(work.options.task, work.language.code), work)
 
     def _together(self) -> list[WindowWork]:
-        """The oldest pending window and those that may share its call, at most `limit`."""
-        found: list[WindowWork] = []
-        shape: tuple[object, ...] | None = None
+        """The pending windows that fill a call best, the oldest first, at most `limit`; after a few calls without it, the oldest's own."""
+        groups: dict[tuple[object, ...], list[WindowWork]] = {}
         for work in self._pending:
-            prompt = self._prompt(work)
             options = work.options
-            own = (len(prompt), work.span[2], options.beam_size, options.patience)
-            shape = shape or own
-            if own == shape:
-                found.append(work)
-                if len(found) == self.limit:
-                    break
-        return found
+            shape = (len(self._prompt(work)), work.span[2], options.beam_size, options.patience)
+            groups.setdefault(shape, []).append(work)
+        oldest, *_ = groups.values()
+        best = max(groups.values(), key=lambda group: min(len(group), self.limit))
+        return (oldest if self._passed_over >= PASSED_OVER_MAX else best)[: self.limit]
 
     def _generate(self, works: Sequence[WindowWork]) -> list[Drawn]:
         options = works[0].options
