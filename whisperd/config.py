@@ -63,7 +63,7 @@ class EngineSettings(Section):
     )
     encoder: Literal["auto", "ctranslate2", "torch"] = Field(
         "auto",
-        description="What runs the encoder on a CPU. auto: PyTorch in bfloat16 where the CPU has instructions for it and a measurement "
+        description="What runs the encoder on a CPU. auto: PyTorch in bfloat16 where the CPU has AMX and a measurement "
         "at the start says that it pays, else CTranslate2.",
     )
     rss_growth_max_mib: int = Field(
@@ -280,6 +280,14 @@ class Settings(BaseSettings):
                 raise ValueError(f"inbox {inbox.path} is its own outbox")
             if any(inbox.path.startswith(other.outbox_path.rstrip("/") + "/") for other in self.inbox):
                 raise ValueError(f"inbox {inbox.path} lies inside an outbox: transcripts would be dropped into it")
+        return self
+
+    @model_validator(mode="after")
+    def _modes_can_be_done(self) -> Settings:
+        for inbox in self.inbox:
+            options = self.options(inbox)
+            if options.mode == "sequential" and options.channels == "speakers":
+                raise ValueError(f'inbox {inbox.path}: channels = "speakers" cannot be done with mode = "sequential"; use "batched"')
         return self
 
     def options(self, inbox: InboxSettings) -> JobOptions:

@@ -263,6 +263,11 @@ BAD = {
     ),
     "inbox is outbox": ({"inbox": [{"path": f"{HOME}/in", "outbox": f"{HOME}/in"}]}, [f"inbox {HOME}/in", "its own outbox"]),
     "half precision on a CPU": ({**INBOX, "engine": {"device": "cpu", "compute_type": "float16"}}, ["engine", "float16", "GPU"]),
+    "a large batch on a CPU": ({**INBOX, "engine": {"device": "cpu", "batch": 16}}, ["engine", "batch 16", "at most 8"]),
+    "speakers one after the other": (
+        {**INBOX, "transcription": {"mode": "sequential", "channels": "speakers"}},
+        ["channels", "speakers", "sequential", "batched"],
+    ),
     "unknown field of a name": ({**INBOX, "outbox": {"name": "{stm}"}}, ["outbox.name", "stm", "{stem}"]),
 }
 

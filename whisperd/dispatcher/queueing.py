@@ -25,7 +25,7 @@ def next_job(ready: Sequence[dict[str, Any]], now: float, *, inboxes: Collection
 
 
 def suspect(row: dict[str, Any]) -> bool:
-    """Whether a ready job may have killed a worker, so that it must run alone (docs/decisions/0008).
+    """Whether a ready job may have killed a worker, so that it must run alone (docs/decisions/0009).
 
     An attempt is behind it, and the job itself did not fail in it: a worker died, or what came since (an interruption, a share that was
     away) has covered the cause. Told by the row alone, it outlives the daemon.

@@ -240,7 +240,7 @@ class Work:
 
     def _blame_or_not(self, engine: Engine, job: int, how: str, *, sent: bool, stopping: bool, ran_out: bool, company: int) -> None:
         """What a death means for one of the jobs in hand. Which of several is guilty cannot be told: all are blamed, and each then runs
-        alone, so that an innocent one gets through and a guilty one is found out (docs/decisions/0002, 0008)."""
+        alone, so that an innocent one gets through and a guilty one is found out (docs/decisions/0002, 0009)."""
         row = self._ledger.job(job)
         code = engine.child.process.returncode
         stopped_by_us = stopping or code == 0

@@ -103,6 +103,7 @@ class Engine:
         self._first_frames = list(frames)
         self._stopping = False
         self._gather_until = 0.0
+        self._retry_next = False
         self._counted = Counts()  # what BatchDone has told of encoder runs
 
     def serve(self) -> None:
@@ -202,11 +203,14 @@ class Engine:
             return batcher.decode()
         if batcher.to_encode:
             return batcher.encode()
-        if batcher.to_retry:
+        self._retry_next = not self._retry_next  # a window that is hopeless holds up no other for longer than one pass
+        if batcher.to_retry and self._retry_next:
             return batcher.retry()
         if self._may_fill():
             return []
-        return batcher.decode() if batcher.to_decode else []
+        if batcher.to_decode:
+            return batcher.decode()
+        return batcher.retry() if batcher.to_retry else []
 
     def _may_fill(self) -> bool:
         """Take another window for the batch. A recording that is through waits for no window but the first ones of others."""
@@ -218,7 +222,7 @@ class Engine:
             if work is not None:
                 self._take(work)
             return True
-        if not waiting or complete or coming is not None or not self._front_end.busy:
+        if not waiting or complete or coming is not None or self._batcher.to_retry or not self._front_end.busy:
             self._gather_until = 0.0
             return False
         self._gather_until = self._gather_until or time.monotonic() + GATHER_S
@@ -334,7 +338,6 @@ class Engine:
 def window_of(work: WindowWork) -> Window:
     """A window as it goes into the ledger."""
     chosen, language = work.chosen, work.language
-    assert chosen is not None and language is not None
     return Window(
         index=work.number,
         start_s=round(work.start_s, 3),

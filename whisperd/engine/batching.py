@@ -24,7 +24,7 @@ import numpy as np
 from whisperd.engine import transcript
 from whisperd.engine.memory import is_out_of_memory
 from whisperd.engine.model import Loaded
-from whisperd.engine.work import FRAMES, Attempt, Drawn, Language, Way, WindowWork
+from whisperd.engine.work import FRAMES, UNHEARD, Attempt, Drawn, Language, Way, WindowWork
 from whisperd.vocabulary import JobOptions
 
 if TYPE_CHECKING:
@@ -210,19 +210,22 @@ class Batcher:
         return []
 
     def decode(self) -> list[Event]:
-        """One call of the decoder on the oldest window and those that can share it."""
-        works = self._together()
+        """One call of the decoder on as many windows as can share it."""
+        return self._decode(self._together())
+
+    def _decode(self, works: list[WindowWork]) -> list[Event]:
         beam, frames = works[0].options.beam_size, works[0].span[2]
-        began = time.monotonic()
+        oldest, began = self._pending[0], time.monotonic()
+        for work in works:
+            self._pending.remove(work)
         try:
             results = self._generate(works)
         except Exception as error:  # noqa: BLE001
-            for work in works:
-                self._pending.remove(work)
-            return self._trouble(error, works, "generate")
-        self._passed_over = 0 if self._pending[0] in works else self._passed_over + 1
-        for work in works:
-            self._pending.remove(work)
+            if len(works) == 1 or is_out_of_memory(error):
+                return self._trouble(error, works, "generate")
+            self._pending[:0] = works  # whose fault it is shows when each is alone
+            return [event for work in works for event in self._decode([work])]
+        self._passed_over = 0 if oldest in works else self._passed_over + 1
         self._climb()
         events: list[Event] = [Call(len(works), self.limit, beam, frames, time.monotonic() - began)]
         for work, drawn in zip(works, results, strict=True):
@@ -231,8 +234,7 @@ class Batcher:
 
     def retry(self) -> list[Event]:
         """One pass of one window, alone, at a temperature above zero. A window that has begun is gone through with."""
-        work = self._sampled if self._sampled in self._alone else self._alone[0]
-        assert work is not None
+        work = next((work for work in self._alone if work is self._sampled), self._alone[0])
         self._alone.remove(work)
         try:
             drawn = self._sample(work)
@@ -258,7 +260,7 @@ class Batcher:
 
     def _after_encoding(self, work: WindowWork) -> None:
         voting = self._votings.get(work.job)
-        if voting is not None or (self._own_language(work) and work.language is None):
+        if voting is not None or (self._own_language(work) and work.language is UNHEARD):
             probabilities = self._whisper.model.detect_language(work.encoded[work.span])[0]
             work.language = Language(probabilities[0][0][2:-2], round(float(probabilities[0][1]), 4))
             if voting is not None:
@@ -283,7 +285,7 @@ class Batcher:
 
     def _language_of(self, work: WindowWork) -> Language:
         common = self._languages[work.job]
-        if self._own_language(work) and work.language is not None and work.language.probability >= OWN_LANGUAGE_MIN:
+        if self._own_language(work) and work.language.probability >= OWN_LANGUAGE_MIN:
             return work.language
         return common
 
@@ -299,14 +301,12 @@ class Batcher:
         if work.only_vote:
             return
         work.language = self._language_of(work)
-        assert work.attempt is not None
         if work.attempt.way.temperature > 0:
             self._alone.append(work)
         else:
             self._pending.append(work)
 
     def _prompt(self, work: WindowWork) -> list[int]:
-        assert work.language is not None and work.attempt is not None
         return transcript.prompt(self._whisper, self._tokenizer(work.options.task, work.language.code), work)
 
     def _together(self) -> list[WindowWork]:
@@ -325,8 +325,7 @@ class Batcher:
         return [transcript.drawn(result, 0.0) for result in self._call(works, beam_size=options.beam_size, patience=options.patience)]
 
     def _sample(self, work: WindowWork) -> Drawn:
-        """One pass at a temperature. What is drawn depends on the window alone: the generator is seeded by its sound (decision 0009)."""
-        assert work.attempt is not None
+        """One pass at a temperature. What is drawn depends on the window alone: the generator is seeded by its sound (decision 0010)."""
         if self._sampled is not work:
             self._loaded.reseed(zlib.crc32(work.features.tobytes()))
             self._sampled = work
@@ -341,7 +340,6 @@ class Batcher:
         return transcript.drawn(result, temperature)
 
     def _call(self, works: Sequence[WindowWork], **search: Any) -> list[Any]:
-        assert works[0].language is not None
         return list(
             self._whisper.model.generate(
                 transcript.stacked([work.encoded[work.span] for work in works]),
@@ -361,7 +359,6 @@ class Batcher:
     def _take(self, work: WindowWork, drawn: Drawn) -> list[Event]:
         """A pass is written: go on in the window, or judge it."""
         attempt = work.attempt
-        assert attempt is not None and work.language is not None
         tokenizer = self._tokenizer(work.options.task, work.language.code)
         if transcript.write(self._whisper, tokenizer, work, drawn):
             self._pass(work)
@@ -402,7 +399,7 @@ class Batcher:
             self._unencoded.extendleft(reversed(works))
         else:
             for work in reversed(works):
-                self._pass(work) if work.attempt and work.attempt.way.temperature > 0 else self._pending.insert(0, work)
+                self._pass(work) if work.attempt.way.temperature > 0 else self._pending.insert(0, work)
         return [Shrunk(len(works), works[0].options.beam_size, works[0].span[2], self.limit, str(error))]
 
     def _climb(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -20,7 +20,7 @@ from whisperd.engine.audio import Caps, Recording, sha256_of
 from whisperd.engine.mel import LogMel, MelStream, normalised
 from whisperd.engine.speech import SpeechStream, WindowAudio
 from whisperd.engine.tracks import open_recording
-from whisperd.engine.transcript import FRAME_S
+from whisperd.engine.transcript import FRAME_S, RESET_ABOVE
 from whisperd.engine.work import FRAMES, WindowWork
 from whisperd.errors import WhisperdError
 from whisperd.vocabulary import JobOptions
@@ -107,9 +107,8 @@ class Feed:
 
     def written(self, work: WindowWork) -> None:
         """Sequential mode: the text of a pass is there, so the next one can be prepared."""
-        assert work.chosen is not None
         chosen, options = work.chosen, self.options
-        reset = not options.previous_text or chosen.drawn[-1].temperature > 0.5
+        reset = not options.previous_text or work.attempts[-1].way.temperature > RESET_ABOVE
         self._written = msgspec.structs.replace(
             self._place,
             number=work.number + 1,
@@ -122,6 +121,7 @@ class Feed:
         self.resting = False
 
     def close(self) -> None:
+        self._steps.close()
         os.close(self._descriptor)
 
     def changed(self) -> SourceChanged | None:
@@ -143,7 +143,7 @@ class Feed:
 
     # --- batched: windows of speech ---
 
-    def _batched(self) -> Iterator[WindowWork | None]:
+    def _batched(self) -> Generator[WindowWork | None, None, None]:
         recording = self._open(split=self.options.channels == "speakers")
         try:
             streams = self._streams(recording.channels)
@@ -202,7 +202,7 @@ class Feed:
 
     # --- sequential: one pass after the other over the whole recording, as faster-whisper goes ---
 
-    def _sequential(self) -> Iterator[WindowWork | None]:
+    def _sequential(self) -> Generator[WindowWork | None, None, None]:
         """Twice over the recording: features are normalised by the loudest moment of all of it, which must be known first."""
         survey = _Survey()
         yield from self._survey(survey)
@@ -403,7 +403,7 @@ class FrontEnd:
             news = feed.step()
             with self._changed:
                 self._stepping = None
-                if feed.job not in self._feeds:
+                if self._feeds.get(feed.job) is not feed:
                     feed.close()
                 else:
                     turns = self._turns[feed.job] = self._turns.get(feed.job, 0) + 1

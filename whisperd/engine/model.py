@@ -104,7 +104,7 @@ class Loaded:
         """Make the samples drawn from here on depend on `seed` (32 bits) alone. Raises ModelUnusable.
 
         CTranslate2 seeds the generator of each of its threads once, at its first use, so this takes new threads: the model is loaded
-        again, which costs about as much as a window (docs/decisions/0009).
+        again, which costs about as much as a window (docs/decisions/0010).
         """
         import ctranslate2
 

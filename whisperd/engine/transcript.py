@@ -51,7 +51,6 @@ def suppressed(tokenizer: Tokenizer) -> list[int]:
 
 def prompt(whisper: Any, tokenizer: Tokenizer, work: WindowWork) -> list[int]:
     """The tokens before the text of the pass under way: hot words, the operator's prompt or the text before, language and task."""
-    assert work.attempt is not None
     before = list(work.previous)
     if work.options.initial_prompt and work.prompted and work.attempt.seek == 0:
         before = tokenizer.encode(" " + work.options.initial_prompt.strip()) + before
@@ -98,7 +97,6 @@ def drawn(result: Any, temperature: float) -> Drawn:
 def write(whisper: Any, tokenizer: Tokenizer, work: WindowWork, drawn: Drawn) -> bool:
     """Append a pass to the attempt under way; whether more of the window is to be decoded."""
     attempt = work.attempt
-    assert attempt is not None
     start, end, _ = work.span
     attempt.drawn.append(drawn)
     if drawn.no_speech_prob > NO_SPEECH_MIN and drawn.avg_logprob <= LOGPROB_MIN:
@@ -119,7 +117,6 @@ def write(whisper: Any, tokenizer: Tokenizer, work: WindowWork, drawn: Drawn) ->
 def _segments(whisper: Any, tokenizer: Tokenizer, work: WindowWork, drawn: Drawn) -> int:
     """Append the segments of one pass; the frame from which the next one goes on."""
     attempt = work.attempt
-    assert attempt is not None
     start, end, _ = work.span
     found, seek, ends_there = whisper._split_segments_by_timestamps(
         tokenizer=tokenizer,
@@ -202,13 +199,11 @@ def compression_ratio(text: str) -> float:
 
 def judge(tokenizer: Tokenizer, work: WindowWork) -> tuple[str, ...]:
     """What speaks against the attempt that was just completed."""
-    assert work.attempt is not None
     return quality.complaints(_decoded(tokenizer, work.attempt), _heard(work))
 
 
 def again(work: WindowWork) -> bool:
     """Whether another way is to be tried. Sequential mode goes by faster-whisper's own two criteria, and is equal to it."""
-    assert work.attempt is not None
     complaints = work.attempt.complaints
     if work.options.mode == "sequential":
         drawn = work.attempt.drawn[-1]

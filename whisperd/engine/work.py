@@ -24,6 +24,9 @@ class Language(NamedTuple):
     probability: float
 
 
+UNHEARD = Language("", 0.0)
+
+
 class Way(NamedTuple):
     """How a window is decoded: the length given to the encoder, the temperature, and whether pause by pause with the text before."""
 
@@ -78,12 +81,12 @@ class WindowWork:
     prompted: bool = True  # the operator's prompt still holds (sequential mode loses it with the text before)
     last_speech_s: float = 0.0
     only_vote: bool = False
-    language: Language | None = None
+    language: Language = UNHEARD
     ways: list[Way] = field(default_factory=list)  # still to be tried
-    attempt: Attempt | None = None
+    attempt: Attempt = field(init=False)  # under way
     attempts: list[Attempt] = field(default_factory=list)
     encoded: dict[tuple[int, int, int], Any] = field(default_factory=dict)  # by start, end and padded length, in frames
-    chosen: Attempt | None = None
+    chosen: Attempt = field(init=False)  # once the window is through
     verdict: Verdict = field(default_factory=Verdict)
 
     @property
@@ -94,6 +97,5 @@ class WindowWork:
     def span(self) -> tuple[int, int, int]:
         """Start, end and padded length, in frames, of the pass under way."""
         attempt = self.attempt
-        assert attempt is not None
         end = min(attempt.spans[0][1], attempt.seek + FRAMES)
         return attempt.seek, end, max(attempt.way.frames, end - attempt.seek)
