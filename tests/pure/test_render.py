@@ -185,7 +185,18 @@ def test_what_each_format_looks_like() -> None:
 def test_json_carries_text_and_provenance() -> None:
     """The json format says what was transcribed, with what, and how sure the decoder was (F102)."""
     made = json.loads(render(TWO, "json"))
-    assert list(made) == ["schema", "source", "engine", "options", "language", "language_probability", "quality", "text", "segments", "windows"]
+    assert list(made) == [
+        "schema",
+        "source",
+        "engine",
+        "options",
+        "language",
+        "language_probability",
+        "quality",
+        "text",
+        "segments",
+        "windows",
+    ]
     assert made["schema"] == "whisperd.transcript/1"
     assert made["source"] == {
         "name": "talk.opus",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recordings import SENTENCES, Studio
+from recordings import SENTENCES, Studio, samples_of
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -308,6 +308,22 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(loaded: model.Loaded, 
     assert [type(event) for event in events] == [Shrunk, Refused]
 
 
+def test_an_error_in_a_shared_call_blames_one(loaded: model.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the decoder does not like about one window, its neighbours have their text; only its own job is refused."""
+    generate = Batcher._generate
+
+    def picky(self: Batcher, works: Sequence[WindowWork]) -> Any:
+        if any(work.job == 2 for work in works):
+            raise RuntimeError("something about that window")
+        return generate(self, works)
+
+    monkeypatch.setattr(Batcher, "_generate", picky)
+    works = [window(name, JobOptions(temperatures=GREEDY), job) for job, name in enumerate(CLIPS[:4])]
+    events = decode(loaded, works, limit=4)
+    assert [event.job for event in events if isinstance(event, Refused)] == [2]
+    assert {event.job for event in events if isinstance(event, WindowWork)} == {0, 1, 3}
+
+
 # --- temperature ---
 
 
@@ -393,6 +409,15 @@ def test_a_short_recording_votes_with_what_it_has(multilingual: model.Loaded) ->
             batcher.heard_all(1)
             events += list(settle(batcher))
         assert sum(isinstance(event, WindowWork) for event in events) == 1
+
+
+def test_sequential_mode_votes_before_its_first_text(multilingual: model.Loaded, studio: Studio, encodings: list[int]) -> None:
+    """The first pass and later ones choose the language; only then is there text, pass by pass to the end."""
+    path = studio.long(SENTENCES[:24])
+    segments = transcribe(multilingual, path, JobOptions(mode="sequential", temperatures=GREEDY, language_windows=2, previous_text=False))
+    length_s = len(samples_of(path)) / 32_000
+    assert segments and segments[-1].end_s == pytest.approx(length_s, abs=0.1)
+    assert len(encodings) == -(-int(length_s * 100) // 3000) + 1  # each pass once, and one more that only voted
 
 
 def test_votes_weigh_as_much_as_was_spoken() -> None:

@@ -209,10 +209,8 @@ class Feed:
         recording = self._open()
         try:
             frames = _Frames(recording, MelStream(self._log_mel), survey)
-            yield from self._voters(frames)
             while self._place.seek < survey.content:
-                yield from frames.until(self._place.seek + FRAMES)
-                yield self._pass(frames, self._place.seek)
+                yield from self._voters(frames) if self._votes and not self.voted else self._next(frames)
                 self.reached_s = self._place.seek * FRAME_S
                 self._place = self._written or self._place
                 frames.drop(self._place.seek)
@@ -233,20 +231,25 @@ class Feed:
         finally:
             recording.close()
 
+    def _next(self, frames: _Frames) -> Iterator[WindowWork | None]:
+        """The next pass; the one after it has to wait for its text."""
+        yield from frames.until(self._place.seek + FRAMES)
+        self.resting = True
+        yield self._pass(frames, self._place.seek)
+
     def _voters(self, frames: _Frames) -> Iterator[WindowWork | None]:
-        """Later windows that are only heard for their language."""
-        for vote in range(1, self._votes):
-            if vote * FRAMES < frames.survey.content:
-                yield from frames.until((vote + 1) * FRAMES)
-                work = self._pass(frames, vote * FRAMES)
-                work.only_vote, self.resting = True, False
-                yield work
-        self.voted = True
+        """The first pass, and later ones that are only heard for their language."""
+        seeks = range(0, min(self._votes * FRAMES, frames.survey.content), FRAMES)
+        for seek in seeks:
+            yield from frames.until(seek + FRAMES)
+            work = self._pass(frames, seek)
+            work.only_vote = seek > 0
+            self.voted = self.resting = seek == seeks[-1]
+            yield work
 
     def _pass(self, frames: _Frames, seek: int) -> WindowWork:
         place = self._place
         end = min(seek + FRAMES, frames.survey.content)
-        self.resting = True
         return WindowWork(
             job=self.job,
             number=place.number,
