@@ -61,7 +61,7 @@ def evenly(paths: Sequence[str], count: int) -> list[str]:
 
 def main() -> int:
     parser = measure.arguments("installation", __doc__)
-    parser.add_argument("--clips", type=int, default=40)
+    parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--mode", default="batched", choices=("batched", "short_windows"))
     parser.add_argument("--ctranslate2-files", type=int, default=5, help="files given to whisper-ctranslate2 in each run; 0: leave it out")
     parser.add_argument("--openai-files", type=int, default=2, help="files given to openai-whisper in each run; 0: leave it out")
