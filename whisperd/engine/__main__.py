@@ -11,7 +11,7 @@ import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime phones home otherwise; must stand before it is imported
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads spin, and the products here are small
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # CTranslate2's threads wait spinning; on cores they do not have alone that costs thrice the CPU
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # CTranslate2's threads wait spinning: thrice the CPU on shared cores
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
