@@ -67,7 +67,9 @@ class EngineSettings(Section):
         "at the start says that it pays, else CTranslate2.",
     )
     rss_growth_max_mib: int = Field(
-        2048, ge=64, description="An engine whose memory grew by more than this since it was ready is replaced at its next boundary."
+        2048,
+        ge=64,
+        description="An engine whose memory grew by more than this over what its first batches needed is replaced at its next boundary.",
     )
     unload_idle_s: float = Field(
         0.0, ge=0, description="An engine without work for this long gives its model's memory back until the next file; 0: never."
@@ -93,7 +95,7 @@ class TranscriptionSettings(Section):
         "batched",
         description="batched: windows cut at pauses, decoded together. sequential: one pass after the other as faster-whisper does it, "
         "with the text before as context (slower; memory of names and style). short_windows: like batched, but short windows are not "
-        "filled up to 30 s with silence (several times faster on short recordings on a CPU; check its accuracy on your own speech).",
+        "filled up to 30 s with silence (half the time for short recordings on a CPU; check its accuracy on your own speech).",
     )
     language: Language = Field("auto", description='Spoken language ("en", "de", …); auto detects it for each recording.')
     language_windows: int = Field(4, ge=1, le=16, description="Windows that vote for the language before any text is decoded.")

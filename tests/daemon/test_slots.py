@@ -20,6 +20,7 @@ import pytest
 
 from whisperd.config import Settings
 from whisperd.dispatcher.dispatcher import Dispatcher
+from whisperd.dispatcher.pool import SETTLING_BATCHES
 from whisperd.ledger.ledger import Ledger
 from whisperd.ledger.queries import Row
 from whisperd.vocabulary import Reading
@@ -351,12 +352,13 @@ def test_an_idle_model_is_unloaded_once(floor: NewFloor) -> None:
 
 
 def test_an_engine_that_grew_is_replaced(floor: NewFloor) -> None:
-    """Its memory grew beyond the limit: it ends at a boundary, another takes its place, and no attempt is counted for what it had."""
+    """Its memory grew beyond the limit over what its first batches needed, however much that was: it ends at a boundary, another takes
+    its place, and no attempt is counted for what it had."""
     life = floor(engine={"rss_growth_max_mib": 64})
-    life.drop("a", batches=[{"rss_mib": 164}], after=life.go("a"))
+    life.drop("a", batches=[{"rss_mib": 1000}] * SETTLING_BATCHES + [{"rss_mib": 1064}], after=life.go("a"))
     life.until(lambda: life.in_hand() == {"a"}, "it is in hand")
     before = life.pids()
-    life.drop("b", batches=[{"rss_mib": 165}], after=life.go("b"))
+    life.drop("b", batches=[{"rss_mib": 1065}], after=life.go("b"))
     life.until(lambda: life.pids() and life.pids() != before, "another engine")
     for name in "ab":
         Path(life.go(name)).touch()

@@ -37,6 +37,7 @@ from whisperd.wire import (
 
 BOOT_PAUSE = Backoff(base_s=1.0, max_s=60.0)
 KILL_AFTER_TERM_S = 5.0
+SETTLING_BATCHES = 16  # until an engine has the memory that its work needs; what comes on top later is a leak
 CUDA_CACHE = "cuda-cache"
 
 
@@ -59,6 +60,8 @@ class Engine:
     moved_at: float = 0.0  # monotonic: when any of its jobs last made progress
     renewed_at: float = 0.0  # monotonic: when the leases of its jobs were last renewed
     finished_at: float = 0.0  # epoch: when it last finished a job
+    batches: int = 0
+    working_mib: int = 0  # the most memory it had in its first batches
     unloading: bool = False  # asked to give its model's memory back, and no work since
 
     @property
@@ -237,7 +240,10 @@ class Pool:
         self._on_frame(engine, frame)
 
     def _recycle_when_grown(self, engine: Engine, rss_mib: int) -> None:
-        growth_mib = rss_mib - engine.ready.rss_mib if engine.ready else 0
+        engine.batches += 1
+        if engine.batches <= SETTLING_BATCHES:
+            engine.working_mib = max(engine.working_mib, rss_mib)
+        growth_mib = rss_mib - engine.working_mib
         if 0 < self.rss_growth_max_mib < growth_mib and engine.child.life in (Life.IDLE, Life.BUSY):
             logger.bind(child=engine.child.name, event="recycled").warning(
                 f"{engine.child.name} is replaced: its memory grew by {growth_mib} MiB to {rss_mib} MiB"
