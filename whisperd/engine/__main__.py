@@ -419,4 +419,6 @@ def first_frames(channel: Channel[EngineIn]) -> tuple[LoadModel, list[Frame[Engi
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # the front end may be inside a codec still, and the interpreter's own end would abort there
