@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from installation import Daemon, Installation, assert_ledger_and_disk_agree
-from recordings import SENTENCES, Studio, nearest
+from recordings import SENTENCES, Studio, nearest, samples_of, write_wav
 
 from whisperd.ledger.queries import Queries, Row
 
@@ -307,11 +307,11 @@ def test_an_engine_killed_in_the_middle(
     assert_ledger_and_disk_agree(long_place)
 
 
-def test_a_file_that_crashes_every_engine_is_set_aside(long_place: Installation, studio: Studio, long_talk: Path) -> None:
+def test_a_file_that_crashes_every_engine_is_set_aside(long_place: Installation, studio: Studio, long_talk: Path, tmp_path: Path) -> None:
     """Three engines die of SIGSEGV over one file: it is failed after exactly three attempts, its error file names the signal and
     the place in the recording; the files that were in hand with it, or waited behind it, are transcribed."""
     with long_place.daemon() as daemon:
-        long_place.drop(long_talk, "poison.wav")
+        long_place.drop(write_wav(tmp_path / "long.wav", samples_of(long_talk) * 5), "poison.wav")  # not done before its third death
         kept = 0
         for attempt in (1, 2, 3):
             kept = daemon.wait_until(windows_kept(b"poison.wav", kept), f"attempt {attempt} has made progress")
