@@ -22,7 +22,8 @@ STATUS_KEYS = {
 }  # fmt: skip
 STATES = {"seen", "ready", "running", "transcribed", "done", "failed", "cancelled", "gone"}
 JOB_KEYS = {
-    "job", "state", "path", "inbox", "size", "attempts", "duration_s", "language", "process_s", "quality", "seen_at", "ended_at", "failure",
+    "job", "state", "path", "inbox", "size", "attempts", "priority", "held", "duration_s", "language", "process_s", "quality", "seen_at",
+    "ended_at", "failure",
 }  # fmt: skip
 LIFE_KEYS = JOB_KEYS | {"schema", "sha256", "checkpoints", "last_lines", "published", "events"}
 

@@ -36,6 +36,7 @@ def test_the_wheel_carries_its_data(wheel: Path) -> None:
         "whisperd/share/etc/whisperd.toml",
         "whisperd/ledger/schema.sql",
         "whisperd/ledger/schema_2.sql",
+        "whisperd/ledger/schema_3.sql",
         "whisperd/py.typed",
     ):
         assert name in names

@@ -57,6 +57,15 @@ ARROWS = {  # DESIGN §4, the diagram, written down a second time: (verb, from) 
     ("vanish", "seen"): "gone",
     ("vanish", "ready"): "gone",
     ("vanish", "running"): "gone",
+    ("hold", "seen"): "seen",
+    ("hold", "ready"): "ready",
+    ("hold", "running"): "ready",
+    ("unhold", "seen"): "seen",
+    ("unhold", "ready"): "ready",
+    ("prioritise", "seen"): "seen",
+    ("prioritise", "ready"): "ready",
+    ("prioritise", "running"): "running",
+    ("cancel", "seen"): "cancelled",
 }
 SILENT = {("see", "seen"), ("checkpoint", "running"), ("progress", "running")}
 VERBS = sorted({verb for verb, _ in ARROWS})
@@ -210,6 +219,8 @@ class Book:
         return self.last
 
     def settle(self, job: int, sighting: Sighting, options: JobOptions, now: float, *, priority: int) -> None:
+        if any(verb == "prioritise" for _, verb, *_ in self.events.get(job, ())):
+            priority = self.jobs[job]["priority"]
         self._move("settle", job, now, options=json(options), priority=priority, ready_at=now, not_before=now, **identity(sighting))
 
     @whole
@@ -219,6 +230,8 @@ class Book:
 
     def claim(self, job: int, child: str, now: float, *, lease_s: float) -> None:
         attempts = self._require(job)["attempts"] + 1
+        if self.jobs[job]["held"] and self.jobs[job]["state"] == "ready":
+            raise Refused("illegal_move")
         lease = {"lease_child": child, "lease_epoch": self.epoch, "lease_until": now + lease_s}
         self._move("claim", job, now, note=child, started_at=now, attempts=attempts, **lease, **NO_FAILURE)
 
@@ -261,8 +274,11 @@ class Book:
     def progress(self, job: int, child: str, position_s: float, duration_s: float | None, now: float, *, lease_s: float) -> None:
         self._move("progress", job, now, child=child, lease_until=now + lease_s, position_s=position_s, **known(duration_s))
 
-    def release(self, job: int, child: str, failure: Failure, now: float, *, not_before: float, tail: str) -> None:
-        self._move("release", job, now, child=child, note=failure.what, not_before=not_before, **NO_LEASE, **failing(failure, tail))
+    def release(self, job: int, child: str, failure: Failure, now: float, *, not_before: float, tail: str, needs_mib: int | None) -> None:
+        known = {} if needs_mib is None else {"needs_mib": needs_mib}
+        self._move(
+            "release", job, now, child=child, note=failure.what, not_before=not_before, **known, **NO_LEASE, **failing(failure, tail)
+        )
 
     def interrupt(self, job: int, child: str, why: str, now: float) -> None:
         row = self._require(job)
@@ -327,11 +343,29 @@ class Book:
             self.published.setdefault(job, []).append((outbox, path))
 
     def retry(self, job: int, now: float) -> None:
-        slate = {"attempts": 0, "interruptions": 0, "not_before": now, "ended_at": None, "reported_at": None}
-        self._move("retry", job, now, note="asked for by the operator", **slate, **NO_FAILURE)
+        ready_at = now if self._require(job)["ready_at"] is None else self.jobs[job]["ready_at"]
+        slate = {"attempts": 0, "interruptions": 0, "needs_mib": None, "ready_at": ready_at, "not_before": now}
+        self._move("retry", job, now, note="asked for by the operator", ended_at=None, reported_at=None, **slate, **NO_FAILURE)
 
-    def cancel(self, job: int, now: float) -> None:
-        self._move("cancel", job, now, note="asked for by the operator", ended_at=now, **NO_LEASE)
+    def cancel(self, job: int, now: float, *, options: JobOptions | None) -> None:
+        kept = self._require(job)["options"] or json(options or JobOptions())
+        self._move("cancel", job, now, note="asked for by the operator", ended_at=now, held=0, options=kept, **NO_LEASE)
+
+    def hold(self, job: int, now: float) -> None:
+        row = self._require(job)
+        if row["state"] in LIVE and row["held"]:
+            raise Refused("illegal_move")
+        attempts = max(0, row["attempts"] - 1) if row["state"] == "running" else row["attempts"]
+        self._move("hold", job, now, note="asked for by the operator", held=1, attempts=attempts, **NO_LEASE)
+
+    def unhold(self, job: int, now: float) -> None:
+        row = self._require(job)
+        if row["state"] in LIVE and not row["held"]:
+            raise Refused("illegal_move")
+        self._move("unhold", job, now, note="asked for by the operator", held=0)
+
+    def prioritise(self, job: int, priority: int, now: float) -> None:
+        self._move("prioritise", job, now, note=f"class {priority}, asked for by the operator", priority=priority)
 
     def truncate_wal(self) -> bool:
         return True
@@ -360,6 +394,8 @@ def new_row(job: int, inbox: int, sighting: Sighting, now: float) -> Row:
         **NO_FAILURE,
         "reported_at": None,
         "quality": None,
+        "held": 0,
+        "needs_mib": None,
     }
 
 
@@ -379,18 +415,20 @@ def broken_laws(row: Row) -> list[str]:
         "ended has an end": (state in ENDED) == (row["ended_at"] is not None),
         "a known priority": row["priority"] in (0, 1, 2),
         "a known verdict": row["quality"] in (None, "good", "second_pass", "doubtful"),
+        "only what waits is held": not row["held"] or state in ("seen", "ready", "gone"),
+        "a known need": row["needs_mib"] is None or row["needs_mib"] >= 0,
         "counts": row["attempts"] >= 0 and row["interruptions"] >= 0,
     }
     return [law for law, kept in laws.items() if not kept]
 
 
 def attempts_told_by(events: list[tuple[Any, ...]]) -> int:
-    """Attempts as history alone tells them: counted by a claim, given back by an interruption or a wait, forgotten by a retry."""
+    """Attempts as history alone tells them: counted by a claim, given back by an interruption, a wait or a hold, forgotten by a retry."""
     attempts = 0
-    for _, verb, *_ in events:
+    for _, verb, begin, *_ in events:
         if verb == "claim":
             attempts += 1
-        elif verb in ("interrupt", "wait"):
+        elif verb in ("interrupt", "wait") or (verb, begin) == ("hold", "running"):
             attempts -= 1
         elif verb == "retry":
             attempts = 0
@@ -433,6 +471,7 @@ DOMAINS: dict[str, tuple[Any, ...]] = {
     "options": (0, 1),
     "priority": (0, 1, 2, 2, 7),
     "seconds": (0.0, 2.5, 600.0),
+    "needs": (None, None, 4000, -1),
     "duration": (None, 60.0),
     "window": (0, 1, 2, -1),
     "take": (0, 1),
@@ -444,7 +483,7 @@ DOMAINS: dict[str, tuple[Any, ...]] = {
     "base": (0, 1, 2),
     "files": ((0,), (0, 1), (1, 2), ()),
     "whether": (True, False),
-    "choice": tuple(range(13)),
+    "choice": tuple(range(14)),
 }
 SHAPES: dict[str, tuple[str, ...]] = {
     "forward": ("job", "choice"),
@@ -457,7 +496,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "drop_foreign_checkpoints": ("job", "child", "maker"),
     "renew": ("child", "seconds"),
     "progress": ("job", "child", "seconds", "duration", "seconds"),
-    "release": ("job", "child", "failure", "seconds"),
+    "release": ("job", "child", "failure", "seconds", "needs"),
     "interrupt": ("job", "child"),
     "wait": ("job", "child", "failure", "seconds"),
     "finish": ("job", "child", "seconds", "quality"),
@@ -467,7 +506,10 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "publish": ("job", "outbox", "files"),
     "report": ("job", "outbox", "files"),
     "retry": ("job",),
-    "cancel": ("job",),
+    "cancel": ("job", "options"),
+    "hold": ("job",),
+    "unhold": ("job",),
+    "prioritise": ("job", "priority"),
     "interrupt_other_epochs": (),
     "truncate_wal": (),
     "reopen": ("whether",),
@@ -477,15 +519,26 @@ OUTSIDE = ("truncate_wal", "reopen")  # not within a transaction
 WEIGHTS = tuple(OFTEN.get(verb, 1.0) for verb in SHAPES)
 
 FORWARD: dict[str, tuple[tuple[Any, ...], ...]] = {  # from each state, the moves that lead on
-    "seen": (("settle", 0, 0, 1), ("settle", 1, 1, 0), ("settle", 0, 0, 2), ("settle", 2, 0, 1), ("settle", 0, 1, 1), ("vanish",)),
+    "seen": (
+        ("settle", 0, 0, 1),
+        ("settle", 1, 1, 0),
+        ("settle", 0, 0, 2),
+        ("settle", 2, 0, 1),
+        ("settle", 0, 1, 1),
+        ("vanish",),
+        ("hold",),
+    ),
     "ready": (
         ("claim", "anna", 600.0),
         ("claim", "bert", 2.5),
         ("claim", "anna", 0.0),
         ("claim", "bert", 600.0),
         ("claim", "anna", 2.5),
-        ("cancel",),
+        ("cancel", 0),
         ("vanish",),
+        ("hold",),
+        ("unhold",),
+        ("prioritise", 0),
     ),
     "running": (
         ("checkpoint", "holder", 0, 0, "demo int8", 2.5, 60.0),
@@ -496,11 +549,12 @@ FORWARD: dict[str, tuple[tuple[Any, ...], ...]] = {  # from each state, the move
         ("finish", "anna", 0.0, "second_pass"),
         ("fail", "holder", 0),
         ("fail", "holder", 1),
-        ("release", "holder", 1, 2.5),
+        ("release", "holder", 1, 2.5, None),
         ("wait", "holder", 2, 600.0),
         ("interrupt", "holder"),
-        ("cancel",),
+        ("cancel", 1),
         ("vanish",),
+        ("hold",),
     ),
     "transcribed": (
         ("reserve_name", 0, (0, 1), "transcript"),
@@ -651,9 +705,9 @@ class World:
         job = self.job(which)
         self.both("progress", job, self.child(child, job), position_s, duration_s, self.now, lease_s=lease_s)
 
-    def do_release(self, which: int, child: str, failure: int, pause_s: float) -> None:
+    def do_release(self, which: int, child: str, failure: int, pause_s: float, needs_mib: int | None) -> None:
         job = self.job(which)
-        rest = {"not_before": self.now + pause_s, "tail": "last\nwords"}
+        rest = {"not_before": self.now + pause_s, "tail": "last\nwords", "needs_mib": needs_mib}
         self.both("release", job, self.child(child, job), FAILURES[failure], self.now, **rest)
 
     def do_interrupt(self, which: int, child: str) -> None:
@@ -688,8 +742,17 @@ class World:
     def do_retry(self, which: int) -> None:
         self.both("retry", self.job(which), self.now)
 
-    def do_cancel(self, which: int) -> None:
-        self.both("cancel", self.job(which), self.now)
+    def do_cancel(self, which: int, options: int) -> None:
+        self.both("cancel", self.job(which), self.now, options=OPTIONS[options])
+
+    def do_hold(self, which: int) -> None:
+        self.both("hold", self.job(which), self.now)
+
+    def do_unhold(self, which: int) -> None:
+        self.both("unhold", self.job(which), self.now)
+
+    def do_prioritise(self, which: int, priority: int) -> None:
+        self.both("prioritise", self.job(which), priority, self.now)
 
     def do_interrupt_other_epochs(self) -> None:
         self.both("interrupt_other_epochs", self.now)
@@ -847,12 +910,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.world.step(("see", 0, path, content))
 
     @precondition(lambda self: self.world.mine)
-    @rule(job=st.integers(0, 3), choice=st.integers(0, 12))
+    @rule(job=st.integers(0, 3), choice=st.integers(0, 13))
     def forward(self, job: int, choice: int) -> None:
         self.world.step(("forward", job, choice))
 
     @precondition(lambda self: self.world.mine)
-    @rule(job=st.integers(0, 3), choice=st.integers(0, 12), again=st.integers(0, 12))
+    @rule(job=st.integers(0, 3), choice=st.integers(0, 13), again=st.integers(0, 13))
     def forward_twice(self, job: int, choice: int, again: int) -> None:
         self.world.step(("forward", job, choice))
         self.world.step(("forward", job, again))
@@ -954,7 +1017,7 @@ def fitting(state: str, verb: str) -> str:
     return (
         f"state = '{state}', verb = '{verb}', lease_child = {lease}, ended_at = {ended}, reported_at = NULL, options = '{{}}',"
         f" transcript = 't.json', failure_kind = 'permanent', failure_code = 'c', failure_what = 'w',"
-        f" attempts = attempts + {verb == 'claim'}"
+        f" attempts = attempts + {verb == 'claim'}, held = {int(verb == 'hold')}"
     )
 
 
@@ -1009,6 +1072,13 @@ def test_raw_inserts_begin_as_seen_or_are_refused(attacked: tuple[Ledger, dict[s
         ("ready", "verb = 'reuse', state = 'done', ended_at = 1.0, transcript = 't'"),
         ("ready", "lease_child = 'a', lease_epoch = 'e', lease_until = 1.0"),
         ("ready", "options = NULL"),
+        ("ready", "verb = 'prioritise', held = 1"),
+        ("ready", "verb = 'hold', held = 2"),
+        ("ready", "verb = 'unhold', held = 1"),
+        ("ready", "verb = 'prioritise', priority = 3"),
+        ("ready", "verb = 'prioritise', needs_mib = -1"),
+        ("running", "verb = 'hold', held = 1"),
+        ("running", "verb = 'prioritise', held = 1"),
         ("seen", "verb = 'settle', state = 'ready'"),
         ("seen", "verb = 'see', ended_at = 1.0"),
         ("seen", "verb = 'see', path = X'41'"),
@@ -1046,6 +1116,8 @@ def test_a_state_carries_its_own_fields(attacked: tuple[Ledger, dict[str, int]],
         "INSERT INTO vram_peak VALUES ('GPU-1', '570', 'small', 'float16', 8, 5, 3000, -1, 1.0)",
         "INSERT INTO publication VALUES (X'2F', X'41', 4711, 'txt', 'ab', 1.0)",
         "INSERT INTO plan (at, workers, reason) VALUES (1.0, 1, '')",
+        "INSERT INTO plan (at, workers, reason, body) VALUES (1.0, 1, 'why not', 'no json')",
+        "INSERT INTO learned VALUES ('GPU-1', '570', 'small', 'float16', 8, 'no json', 1.0)",
         "DELETE FROM inbox",
     ],
 )

@@ -1,6 +1,6 @@
 """The ledger on a real disk, with real SQLite and real processes: opening, refusing, sharing, dying, answering.
 
-`python tests/rooms/test_ledger.py` writes `tests/data/ledgers/schema_2.sqlite3` anew (only while schema 2 is not released).
+`python tests/rooms/test_ledger.py` writes `tests/data/ledgers/schema_3.sqlite3` anew (only while schema 3 is not released).
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from whisperd.ledger.connection import (
 from whisperd.ledger.ledger import IllegalMove, LeaseLost, Ledger, NoSuchJob
 from whisperd.ledger.migrations import MIGRATIONS
 from whisperd.ledger.queries import Queries
-from whisperd.vocabulary import Failure, FailureKind, JobOptions, Plan, Reading, Segment, Sighting, Window
+from whisperd.vocabulary import CardMinute, Failure, FailureKind, JobOptions, Plan, Reading, Segment, Sighting, Window
 
 RELEASED = Path(__file__).parents[1] / "data" / "ledgers"
 BAD = Failure(kind=FailureKind.PERMANENT, code="no_audio", what="there is no audio in it", hint="send another")
 DIED = Failure(kind=FailureKind.TRANSIENT, code="worker_died", what="the worker died")
 ABSENT = Failure(kind=FailureKind.WAITING, code="no_gpu", what="no card")
 MADE_BY = "0123456789abcdef"
+LESSON = {"gpu": "GPU-1", "driver": "570", "model": "small", "compute_type": "float16", "batch": 8}
 STATES = ("seen", "ready", "running", "transcribed", "done", "failed", "cancelled", "gone")
 
 
@@ -829,11 +830,13 @@ def test_ready_honours_time_inboxes_and_order(ledger: Ledger, inbox: int) -> Non
         ledger.settle(job, sighting(b""), JobOptions(), 10.0, priority=priority)
     elsewhere = bring_to(ledger, other, "ready", b"elsewhere", now=0.0)
     assert [row["id"] for row in ledger.ready(10.0)] == [urgent, elsewhere, normal, low]
-    assert [row["id"] for row in ledger.ready(10.0, limit=2)] == [urgent, elsewhere]
     ledger.claim(urgent, "anna", 11.0, lease_s=60)
     ledger.release(urgent, "anna", DIED, 12.0, not_before=50.0)
     assert [row["id"] for row in ledger.ready(49.9)] == [elsewhere, normal, low]
     assert ledger.ready(50.0)[0]["id"] == urgent
+    ledger.hold(normal, 12.0)
+    assert [row["id"] for row in ledger.ready(50.0)] == [urgent, elsewhere, low]
+    ledger.unhold(normal, 12.5)
     ledger.inbox_down(other, "the share is gone", 13.0)
     assert elsewhere not in [row["id"] for row in ledger.ready(99.0)]
     ledger.inbox_up(other, 14.0)
@@ -842,6 +845,121 @@ def test_ready_honours_time_inboxes_and_order(ledger: Ledger, inbox: int) -> Non
     assert elsewhere not in [row["id"] for row in ledger.ready(99.0)]
     ledger.register_inbox(b"/in2", b"/out", 15.0)
     assert elsewhere in [row["id"] for row in ledger.ready(99.0)]
+
+
+def test_ready_offers_something_of_every_kind(ledger: Ledger, inbox: int) -> None:
+    """However many wait, there is a choice: of each inbox and class the oldest, the shortest, and those that ask for a place apart."""
+    other = ledger.register_inbox(b"/in2", b"/out", 1.0)
+    wanted = set()
+    with ledger.transaction():
+        for number in range(40):
+            job = ledger.see(inbox, sighting(b"%d" % number, size=1000 - number), 1.0)
+            ledger.settle(job, sighting(b"", size=1000 - number), JobOptions(), 10.0 + number)
+            wanted |= {job} if number < 8 or number >= 32 else set()
+        for name, place, priority in ((b"low", inbox, 2), (b"elsewhere", other, 1)):
+            job = ledger.see(place, sighting(name, size=10**6), 1.0)
+            ledger.settle(job, sighting(name, size=10**6), JobOptions(), 99.0, priority=priority)
+            wanted.add(job)
+        for name, failure, needs_mib in ((b"killer", DIED, None), (b"giant", DIED, 9000)):
+            job = ledger.see(inbox, sighting(name, size=10**6), 1.0)
+            ledger.settle(job, sighting(name, size=10**6), JobOptions(), 99.0)
+            ledger.claim(job, "anna", 99.0, lease_s=60)
+            ledger.release(job, "anna", failure, 99.0, not_before=99.0, needs_mib=needs_mib)
+            wanted.add(job)
+    rows = ledger.ready(100.0, limit=8)
+    assert {row["id"] for row in rows} == wanted
+    assert [row["needs_mib"] for row in rows if row["path"] == b"giant"] == [9000]
+
+
+def test_the_backlog_is_told_by_model(ledger: Ledger, inbox: int) -> None:
+    """What waits of each model: how many, how long, how many urgent; "auto" is the default of now; what is held, runs, waits for its
+    time or lies in an inbox that is down is no backlog."""
+    down = ledger.register_inbox(b"/in2", b"/out", 1.0)
+    ledger.inbox_down(down, "gone", 1.0)
+
+    def drop(name: bytes, model: str, at: float, priority: int = 1, place: int = inbox) -> int:
+        job = ledger.see(place, sighting(name), 1.0)
+        ledger.settle(job, sighting(name), JobOptions(model=model), at, priority=priority)
+        return job
+
+    assert ledger.backlog(100.0, default_model="small") == []
+    for name, model, at, priority in ((b"a", "auto", 10.0, 1), (b"b", "small", 20.0, 0), (b"c", "base", 30.0, 2), (b"d", "auto", 40.0, 0)):
+        drop(name, model, at, priority)
+    drop(b"e", "large-v3", 1.0, place=down)
+    ledger.hold(drop(b"f", "auto", 1.0), 2.0)
+    ledger.claim(drop(b"g", "auto", 1.0), "anna", 2.0, lease_s=60)
+    drop(b"h", "auto", 200.0)
+    told = {row["model"]: row for row in ledger.backlog(100.0, default_model="small")}
+    assert told == {
+        "small": {"model": "small", "jobs": 3, "oldest_s": 90.0, "urgent": 2},
+        "base": {"model": "base", "jobs": 1, "oldest_s": 70.0, "urgent": 0},
+    }
+
+
+def test_the_operators_word(ledger: Ledger, inbox: int) -> None:
+    """Held jobs wait, whatever happens to them, until they are released; a class given before a file has settled stays; cancelling what has
+    not settled leaves a job that can be tried again; what is said twice or too late is refused in words."""
+    running = bring_to(ledger, inbox, "running", b"running")
+    ledger.hold(running, 110.0)
+    row = ledger.job(running)
+    assert (row["state"], row["held"], row["attempts"], row["lease_child"], len(ledger.windows(running))) == ("ready", 1, 0, None, 1)
+    assert ledger.open_work()["ready"] == 0 and ledger.oldest_ready_at() is None and ledger.ready(1e9) == []
+    with pytest.raises(IllegalMove, match="held already"):
+        ledger.hold(running, 111.0)
+    with pytest.raises(IllegalMove, match="it is held"):
+        ledger.claim(running, "anna", 111.0, lease_s=60)
+    with pytest.raises(LeaseLost if ledger.job(running)["state"] == "running" else IllegalMove):
+        ledger.checkpoint(running, "anna", window(1), 111.0, lease_s=60)
+    ledger.unhold(running, 112.0)
+    with pytest.raises(IllegalMove, match="not held"):
+        ledger.unhold(running, 113.0)
+    ledger.claim(running, "anna", 114.0, lease_s=60)
+    ledger.prioritise(running, 0, 115.0)
+    assert (ledger.job(running)["state"], ledger.job(running)["priority"]) == ("running", 0)
+    seen = bring_to(ledger, inbox, "seen", b"seen")
+    ledger.prioritise(seen, 2, 116.0)
+    ledger.hold(seen, 116.0)
+    ledger.settle(seen, sighting(b"seen"), JobOptions(), 117.0, priority=1)
+    assert (ledger.job(seen)["priority"], ledger.job(seen)["held"]) == (2, 1)
+    ledger.cancel(seen, 118.0)
+    ledger.retry(seen, 119.0)
+    assert [row["id"] for row in ledger.ready(120.0)] == [seen], "cancelled and tried again, it is held no more"
+    unsettled = bring_to(ledger, inbox, "seen", b"unsettled")
+    ledger.cancel(unsettled, 121.0, options=JobOptions(language="cs"))
+    assert ledger.see(inbox, sighting(b"unsettled"), 122.0) == unsettled, "it is not taken for a new file"
+    ledger.retry(unsettled, 123.0)
+    assert (ledger.job(unsettled)["ready_at"], ledger.options(ledger.job(unsettled)).language) == (123.0, "cs")
+    done = bring_to(ledger, inbox, "done", b"done")
+    for verb in (ledger.cancel, ledger.hold, ledger.unhold):
+        with pytest.raises(IllegalMove, match="it is done"):
+            verb(done, 130.0)
+        with pytest.raises(NoSuchJob):
+            verb(4711, 130.0)
+    with pytest.raises(IllegalMove):
+        ledger.prioritise(running, 3, 131.0)
+
+
+def test_what_the_optimiser_keeps(ledger: Ledger, inbox: int) -> None:
+    """Minutes, lessons and whole plans come back as they were told; told again, the last word stands; arrivals have no names."""
+    minute = CardMinute(gpu="GPU-1", at=60.0, samples=60, memory_total_mib=24_000, utilisation_mean_percent=51.5, workers=1.5, audio_s=12.5)
+    cpu = CardMinute(gpu="cpu", at=120.0, samples=1)
+    ledger.record_minutes([minute, cpu])
+    ledger.record_minutes([CardMinute(gpu="cpu", at=120.0, samples=2)])
+    assert ledger.minutes(0.0) == [minute, CardMinute(gpu="cpu", at=120.0, samples=2)]
+    assert [kept.gpu for kept in ledger.minutes(61.0)] == ["cpu"]
+    for speed in (1.5, 2.5):
+        ledger.learn([{**LESSON, "body": {"speed": speed, "seen": [1, 2]}}, {**LESSON, "batch": 16, "body": {}}], 5.0)
+    assert ledger.learned() == [{**LESSON, "batch": 16, "body": {}}, {**LESSON, "body": {"speed": 2.5, "seen": [1, 2]}}][::-1]
+    ledger.record_plan(Plan(workers=1, reason="old style"), 1.0)
+    ledger.record_plan(Plan(workers=2, reason="it pays"), 2.0, body={"cards": [{"gpu": "GPU-1"}], "reasons": []})
+    assert [row["body"] for row in ledger.last_plans()] == [{"cards": [{"gpu": "GPU-1"}], "reasons": []}, None]
+    for state in STATES:
+        bring_to(ledger, inbox, state, state.encode())
+    rows = ledger.arrivals(0.0)
+    assert [row["state"] for row in rows] == ["ready", "running", "transcribed", "done", "failed", "cancelled"]
+    assert not any(isinstance(value, bytes) for row in rows for value in row.values())
+    assert {row["model"] for row in rows} == {"auto"}
+    assert [row["state"] for row in ledger.arrivals(1e6)] == ["ready", "running", "transcribed"]
 
 
 def test_unpublished(ledger: Ledger, inbox: int) -> None:
@@ -1001,13 +1119,17 @@ def test_prune_drops_only_what_is_old(ledger: Ledger, inbox: int) -> None:
     for at in (1.0, 500.0):
         ledger.record_readings([Reading(gpu="", status="no_gpu", what="none")], at)
         ledger.record_throughput(done, workers=1, audio_s=1.0, wall_s=1.0, now=at)
+        ledger.record_minutes([CardMinute(gpu="cpu", at=at, samples=1)])
+    ledger.learn([{**LESSON, "body": {}}], 1.0)
     ledger.record_plan(Plan(workers=1, reason="old"), 1.0)
     ledger.record_plan(Plan(workers=2, reason="old, and the last"), 2.0)
     events = len(ledger.events(done))
-    assert ledger.prune(readings_before=100.0, events_before=100.0) == 1 + 1 + 1 + events
+    assert ledger.prune(readings_before=100.0, events_before=100.0) == 1 + 1 + 1 + 1 + events
     assert (ledger.events(done), len(ledger.events(late)), len(ledger.events(running))) == ([], events, 3)
     assert ledger.counts()["done"] == 2
     assert [plan["workers"] for plan in ledger.last_plans()] == [2]
+    assert [minute.at for minute in ledger.minutes(0.0)] == [500.0]
+    assert len(ledger.learned()) == 1, "what was learned is kept for ever"
 
 
 def test_inboxes_keep_their_numbers(ledger: Ledger) -> None:
@@ -1030,7 +1152,7 @@ def test_inboxes_keep_their_numbers(ledger: Ledger) -> None:
 # --- released ledgers ------------------------------------------------------------------------------------------------------------
 
 IN_EACH = {"seen": 1, "ready": 2, "running": 1, "transcribed": 1, "done": 2, "failed": 1, "cancelled": 1, "gone": 1}
-NEWEST = "schema_2"
+NEWEST = "schema_3"
 
 
 def write_newest(target: Path) -> None:
@@ -1045,7 +1167,9 @@ def write_newest(target: Path) -> None:
             if state == "done":
                 ledger.reserve_name(job, b"/srv/whisperd/outbox", [b"done %d" % number], "transcript")
     bring_to(ledger, inbox, "done", NAMES[2], now=1_700_000_100.0)
-    ledger.record_plan(Plan(workers=2, reason="two fit"), 1_700_000_000.0)
+    ledger.record_plan(Plan(workers=2, reason="two fit"), 1_700_000_000.0, body={"cards": []})
+    ledger.record_minutes([CardMinute(gpu="GPU-1", at=1_700_000_000.0, samples=60)])
+    ledger.learn([{**LESSON, "body": {"speed": 1.5}}], 1_700_000_000.0)
     ledger.record_readings([Reading(gpu="GPU-1", status="ok", what="", vram_used_mib=1)], 1_700_000_000.0)
     ledger.say("pulse", {"pid": 1}, 1_700_000_000.0)
     ledger.close()
@@ -1057,7 +1181,7 @@ def write_newest(target: Path) -> None:
     shutil.rmtree(scratch)
 
 
-@pytest.mark.parametrize("name", ["schema_1", "schema_2"])
+@pytest.mark.parametrize("name", ["schema_1", "schema_2", "schema_3"])
 def test_a_ledger_of_every_released_version_opens(state_dir: str, name: str) -> None:
     """A ledger file of every released version opens for ever, with all its jobs, and works on. What an older version does not know
     (who made its windows, how good its transcripts are) is unknown, never made up."""
@@ -1080,7 +1204,7 @@ def test_a_ledger_of_every_released_version_opens(state_dir: str, name: str) -> 
     ledger.close()
 
 
-@pytest.mark.parametrize("name", ["schema_1", "schema_2"])
+@pytest.mark.parametrize("name", ["schema_1", "schema_2", "schema_3"])
 def test_an_old_ledger_is_as_strict_as_a_new_one(state_dir: str, tmp_path: Path, name: str) -> None:
     """A ledger that was brought up to date has every table, trigger, CHECK and index of one made today, to the letter."""
     made = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type, name"

@@ -11,7 +11,7 @@ import contextlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -19,8 +19,8 @@ import msgspec
 
 from whisperd.errors import WhisperdError
 from whisperd.ledger.connection import LedgerStuck, blames_the_disk, open_for_writing, write_lock
-from whisperd.ledger.queries import Queries, Row
-from whisperd.vocabulary import Failure, FailureKind, JobOptions, Plan, Reading, Sighting, Window
+from whisperd.ledger.queries import LEARNED_KEY, Queries, Row
+from whisperd.vocabulary import LIVE, CardMinute, Failure, FailureKind, JobOptions, Plan, Reading, Sighting, Window
 
 
 class NoSuchJob(WhisperdError):
@@ -189,8 +189,11 @@ class Ledger(Queries):
             return int(self.db.conn.execute(_insert("job", row), row).lastrowid or 0)
 
     def settle(self, job: int, sighting: Sighting, options: JobOptions, now: float, *, priority: int = 1) -> None:
-        """seen → ready: the file has not changed for the quiet period."""
-        self._move("settle", job, now, options=_json(options), priority=priority, ready_at=now, not_before=now, **_identity(sighting))
+        """seen → ready: the file has not changed for the quiet period. A class that the operator gave it meanwhile stays."""
+        with self.transaction():
+            if self.exists(job) and self.db.table("event").count_where("job_id = ? AND verb = 'prioritise'", [job]):
+                priority = self.job(job)["priority"]
+            self._move("settle", job, now, options=_json(options), priority=priority, ready_at=now, not_before=now, **_identity(sighting))
 
     def vanish(self, job: int, now: float, *, note: str = "the file is gone from the inbox") -> None:
         """seen, ready, running → gone."""
@@ -275,9 +278,12 @@ class Ledger(Queries):
                 {"now": now, "until": now + lease_s, "child": child, "epoch": self.epoch},
             )
 
-    def release(self, job: int, child: str, failure: Failure, now: float, *, not_before: float, tail: str = "") -> None:
-        """running → ready: try again later; the attempt stays counted."""
-        self._move("release", job, now, child=child, note=failure.what, not_before=not_before, **_NO_LEASE, **_failure(failure, tail))
+    def release(
+        self, job: int, child: str, failure: Failure, now: float, *, not_before: float, tail: str = "", needs_mib: int | None = None
+    ) -> None:
+        """running → ready: try again later; the attempt stays counted. `needs_mib`: it ran out of memory, and should have so much."""
+        changes = {"not_before": not_before, **_known(needs_mib=needs_mib)}
+        self._move("release", job, now, child=child, note=failure.what, **changes, **_NO_LEASE, **_failure(failure, tail))
 
     def interrupt(self, job: int, child: str, why: str, now: float) -> None:
         """running → ready at once: what stopped the work was not the file's fault, so the attempt is given back."""
@@ -415,22 +421,54 @@ class Ledger(Queries):
 
     def retry(self, job: int, now: float) -> None:
         """failed, cancelled → ready, with a clean slate of attempts."""
-        self._move(
-            "retry",
-            job,
-            now,
-            note="asked for by the operator",
-            attempts=0,
-            interruptions=0,
-            not_before=now,
-            ended_at=None,
-            reported_at=None,
-            **_NO_FAILURE,
-        )
+        with self.transaction():
+            ready_at = self.job(job)["ready_at"] if self.exists(job) else None
+            self._move(
+                "retry",
+                job,
+                now,
+                note=BY_OPERATOR,
+                attempts=0,
+                interruptions=0,
+                needs_mib=None,
+                ready_at=now if ready_at is None else ready_at,
+                not_before=now,
+                ended_at=None,
+                reported_at=None,
+                **_NO_FAILURE,
+            )
 
-    def cancel(self, job: int, now: float) -> None:
-        """ready, running → cancelled."""
-        self._move("cancel", job, now, note="asked for by the operator", ended_at=now, **_NO_LEASE)
+    def cancel(self, job: int, now: float, *, options: JobOptions | None = None) -> None:
+        """seen, ready, running → cancelled. `options` are for a file that has not settled yet: a retry begins with them."""
+        with self.transaction():
+            kept = self.job(job)["options"] if self.exists(job) else None
+            chosen = _json(options or JobOptions()) if kept is None else kept
+            self._move("cancel", job, now, note=BY_OPERATOR, ended_at=now, held=0, options=chosen, **_NO_LEASE)
+
+    def hold(self, job: int, now: float) -> None:
+        """seen and ready stay, running → ready with its windows and its attempt given back: not handed out until `unhold`."""
+        with self.transaction():
+            row = self._held(job, False, "hold")
+            attempts = max(0, row["attempts"] - (row["state"] == "running"))
+            self._move("hold", job, now, note=BY_OPERATOR, held=1, attempts=attempts, **_NO_LEASE)
+
+    def unhold(self, job: int, now: float) -> None:
+        """A held job goes on as if nothing had been."""
+        with self.transaction():
+            self._held(job, True, "unhold")
+            self._move("unhold", job, now, note=BY_OPERATOR, held=0)
+
+    def prioritise(self, job: int, priority: int, now: float) -> None:
+        """seen, ready, running: another class (0 urgent, 1 normal, 2 low)."""
+        self._move("prioritise", job, now, note=f"class {priority}, {BY_OPERATOR}", priority=priority)
+
+    def _held(self, job: int, held: bool, verb: str) -> Row:
+        if not self.exists(job):
+            self._refuse(verb, job, None)
+        row = self.job(job)
+        if row["state"] in LIVE and bool(row["held"]) != held:
+            raise IllegalMove(f"cannot {verb} job {job}: it is {'held already' if row['held'] else 'not held'}")
+        return row
 
     # --- what the daemon observes ---
 
@@ -449,9 +487,22 @@ class Ledger(Queries):
                 }
                 self.db.table("reading").insert(row)
 
-    def record_plan(self, plan: Plan, now: float) -> None:
+    def record_plan(self, plan: Plan, now: float, body: Mapping[str, Any] | None = None) -> None:
+        """`body` is the whole plan: its cards and its reasons as values."""
+        row = {"at": now, "workers": plan.workers, "reason": plan.reason, "body": None if body is None else _json(body)}
         with self.transaction():
-            self.db.table("plan").insert({"at": now, "workers": plan.workers, "reason": plan.reason})
+            self.db.table("plan").insert(row)
+
+    def record_minutes(self, minutes: Sequence[CardMinute]) -> None:
+        """One row for a minute of a card; told again, the last word stands."""
+        with self.transaction():
+            self.db.table("card_minute").upsert_all([msgspec.structs.asdict(minute) for minute in minutes], pk=("gpu", "at"))
+
+    def learn(self, rows: Sequence[Mapping[str, Any]], now: float) -> None:
+        """What the optimiser learned, of each GPU, driver, model, precision and batch; `body` is its own."""
+        kept = [{**{name: row[name] for name in LEARNED_KEY}, "body": _json(row["body"]), "updated_at": now} for row in rows]
+        with self.transaction():
+            self.db.table("learned").upsert_all(kept, pk=LEARNED_KEY)
 
     def record_throughput(self, job: int, *, workers: int, audio_s: float, wall_s: float, now: float) -> None:
         with self.transaction():
@@ -512,12 +563,16 @@ class Ledger(Queries):
             return not busy
 
     def prune(self, *, readings_before: float, events_before: float) -> int:
-        """Drop old readings, throughput samples and the history of jobs that ended before; jobs themselves stay. Returns rows dropped."""
+        """Drop old readings, minutes, samples, plans and the history of jobs that ended before; returns rows dropped.
+
+        Jobs themselves stay, and so does all that was learned.
+        """
         with self.transaction():
             dropped = 0
             for statement in (
                 "DELETE FROM reading WHERE at < ?",
                 "DELETE FROM throughput WHERE at < ?",
+                "DELETE FROM card_minute WHERE at < ?",
                 "DELETE FROM plan WHERE at < ? AND id <> (SELECT max(id) FROM plan)",
             ):
                 dropped += self.db.conn.execute(statement, [readings_before]).rowcount
@@ -540,6 +595,7 @@ def _known(**columns: Any) -> dict[str, Any]:
     return {name: value for name, value in columns.items() if value is not None}
 
 
+BY_OPERATOR = "asked for by the operator"
 _NO_LEASE: dict[str, Any] = {"lease_child": None, "lease_epoch": None, "lease_until": None}
 _NO_FAILURE: dict[str, Any] = {
     "failure_kind": None,

@@ -26,6 +26,13 @@ def schema_2(db: Database) -> None:
         db.conn.execute(statement)
 
 
+@MIGRATIONS()
+def schema_3(db: Database) -> None:
+    """Jobs can be held, minutes of cards, plans with their reasons, what the optimiser learned."""
+    for statement in _statements(files("whisperd.ledger").joinpath("schema_3.sql").read_text("utf-8")):
+        db.conn.execute(statement)
+
+
 def _statements(script: str) -> list[str]:
     """Split a script (executescript would commit the migration's own transaction)."""
     import sqlite3

@@ -13,13 +13,50 @@ import msgspec
 from sqlite_utils import Database
 
 from whisperd.ledger.connection import LedgerStuck, open_for_reading
-from whisperd.vocabulary import JobOptions, State, Window
+from whisperd.vocabulary import CardMinute, JobOptions, State, Window
 
 Row = dict[str, Any]
 
 QUALITIES = ("good", "second_pass", "doubtful")
 JOB_COLUMNS = "job.*, inbox.path AS inbox_path, inbox.outbox AS outbox"
 _JOBS = f"SELECT {JOB_COLUMNS} FROM job JOIN inbox ON inbox.id = job.inbox_id"
+LEARNED_KEY = ("gpu", "driver", "model", "compute_type", "batch")
+BACKLOG_MAX = 10_000
+READY_MIN = 8
+
+_READY = "job.state = 'ready' AND job.held = 0"
+_FRESH = f"{_READY} AND job.attempts = 0 AND job.needs_mib IS NULL"
+_APART = f"{_READY} AND (job.attempts > 0 OR job.needs_mib IS NOT NULL)"
+_MODEL = "json_extract(job.options, '$.model')"
+_INBOXES_WITH_WORK = (
+    "SELECT id FROM inbox WHERE state = 'up' AND active = 1 AND (EXISTS"
+    f" (SELECT 1 FROM job INDEXED BY job_waiting WHERE job.inbox_id = inbox.id AND {_FRESH}) OR EXISTS"
+    f" (SELECT 1 FROM job INDEXED BY job_waiting_apart WHERE job.inbox_id = inbox.id AND {_APART}))"
+)
+
+
+def _first(kind: str, index: str, order: str) -> str:
+    return (
+        f"SELECT id FROM (SELECT id FROM job INDEXED BY {index} WHERE {kind} AND inbox_id = :inbox AND priority = :priority"
+        f" AND not_before <= :now ORDER BY {order} LIMIT :each)"
+    )
+
+
+_FIRST_READY = (
+    f"{_JOBS} WHERE job.id IN ({_first(_FRESH, 'job_waiting', 'ready_at')} UNION {_first(_FRESH, 'job_waiting_short', 'size')}"
+    f" UNION {_first(_APART, 'job_waiting_apart', 'ready_at')})"
+)
+_MODELS_THAT_WAIT = (  # one step in the index for each of them, however many jobs there are
+    f"WITH RECURSIVE model (name) AS (SELECT min({_MODEL}) FROM job INDEXED BY job_waiting_by_model WHERE {_READY} UNION ALL"
+    f" SELECT (SELECT min({_MODEL}) FROM job INDEXED BY job_waiting_by_model WHERE {_READY} AND {_MODEL} > name)"
+    " FROM model WHERE name IS NOT NULL)"
+    " SELECT name FROM model WHERE name IS NOT NULL"
+)
+_WAITING_OF_MODEL = (
+    "SELECT count(*), min(ready_at) FROM (SELECT job.ready_at FROM job INDEXED BY job_waiting_by_model"
+    f" CROSS JOIN inbox ON inbox.id = job.inbox_id WHERE {_READY} AND {_MODEL} = :model AND job.priority = :priority"
+    " AND job.not_before <= :now AND inbox.state = 'up' AND inbox.active = 1 ORDER BY job.ready_at LIMIT :most)"
+)
 
 
 class Queries:
@@ -81,13 +118,44 @@ class Queries:
             "SELECT path, dev, inode, size, mtime_ns, ctime_ns, state, max(id) AS id FROM job WHERE inbox_id = ? GROUP BY path", [inbox]
         )
 
-    def ready(self, now: float, limit: int = 500) -> list[Row]:
-        """Jobs that may run now, in active inboxes that are up."""
+    def ready(self, now: float, limit: int = 200) -> list[Row]:
+        """Jobs that may run now, in active inboxes that are up, as they came: enough of them to choose well among all.
+
+        Of each inbox and class those that came first, the shortest, and those that ask for a place of their own (an attempt is behind
+        them, or they need much memory): of each of these kinds some `limit`, shared among the inboxes.
+        """
+        found: list[Row] = []
+        inboxes = self.db.conn.execute(_INBOXES_WITH_WORK).fetchall()
+        for (inbox,) in inboxes:
+            for priority in range(3):
+                asked = {"inbox": inbox, "priority": priority, "now": now, "each": max(READY_MIN, limit // len(inboxes))}
+                found += self.db.query(_FIRST_READY, asked)
+        return sorted(found, key=lambda row: (row["priority"], row["ready_at"], row["id"]))
+
+    def backlog(self, now: float, *, default_model: str) -> list[Row]:
+        """What waits of each model, in nobody's hands: `model`, `jobs` (counted up to `BACKLOG_MAX` of a class), `oldest_s` (the longest
+        wait), `urgent` (jobs of the first class). `default_model` is what "auto" means now."""
+        waiting: dict[str, Row] = {}
+        for (model,) in self.db.conn.execute(_MODELS_THAT_WAIT).fetchall():
+            name = default_model if model == "auto" else model
+            for priority in range(3):
+                asked = {"model": model, "priority": priority, "now": now, "most": BACKLOG_MAX}
+                jobs, first_at = self.db.conn.execute(_WAITING_OF_MODEL, asked).fetchone()
+                if jobs:
+                    known = waiting.setdefault(name, {"model": name, "jobs": 0, "oldest_s": 0.0, "urgent": 0})
+                    known["jobs"] += jobs
+                    known["oldest_s"] = max(known["oldest_s"], now - first_at)
+                    known["urgent"] += jobs if priority == 0 else 0
+        return list(waiting.values())
+
+    def arrivals(self, since: float) -> list[Row]:
+        """The jobs that were there at any time since then, as they came, for whoever replays them: figures only, no names."""
         return list(
             self.db.query(
-                f"{_JOBS} WHERE job.state = 'ready' AND job.not_before <= :now AND inbox.state = 'up' AND inbox.active = 1"
-                " ORDER BY job.priority, job.not_before, job.id LIMIT :limit",
-                {"now": now, "limit": limit},
+                "SELECT id, inbox_id, priority, state, size, duration_s, process_s, ready_at, started_at, ended_at,"
+                " json_extract(options, '$.model') AS model FROM job"
+                " WHERE ready_at IS NOT NULL AND (ended_at IS NULL OR ended_at >= ?) ORDER BY ready_at, id",
+                [since],
             )
         )
 
@@ -110,10 +178,10 @@ class Queries:
         return {state.value: found.get(state.value, 0) for state in State}
 
     def open_work(self) -> dict[str, int]:
-        """What has to happen before a drained daemon may end, by what it waits for; only inboxes in use count."""
+        """What has to happen before a drained daemon may end, by what it waits for; only inboxes in use count, and nothing that is held."""
         row = next(
             self.db.query(
-                "SELECT coalesce(sum(job.state = 'seen'), 0) AS seen, coalesce(sum(job.state = 'ready'), 0) AS ready,"
+                "SELECT coalesce(sum(job.state = 'seen'), 0) AS seen, coalesce(sum(job.state = 'ready' AND NOT job.held), 0) AS ready,"
                 " coalesce(sum(job.state = 'running'), 0) AS running,"
                 " coalesce(sum(job.state = 'transcribed' OR (job.state = 'failed' AND job.reported_at IS NULL)), 0) AS unpublished"
                 " FROM job JOIN inbox ON inbox.id = job.inbox_id WHERE inbox.active = 1"
@@ -128,7 +196,7 @@ class Queries:
         rows = list(
             self.db.query(
                 "SELECT failure_kind, failure_what FROM job JOIN inbox ON inbox.id = inbox_id"
-                " WHERE job.state = 'ready' AND inbox.active = 1 LIMIT 1000"
+                " WHERE job.state = 'ready' AND job.held = 0 AND inbox.active = 1 LIMIT 1000"
             )
         )
         if not rows or work["running"] or work["unpublished"] or any(row["failure_kind"] != "waiting" for row in rows):
@@ -175,7 +243,19 @@ class Queries:
         return None
 
     def last_plans(self, limit: int = 10) -> list[Row]:
-        return list(self.db.table("plan").rows_where(order_by="id desc", limit=limit))
+        """The newest first; `body` is the whole plan, None where only its number of workers was kept."""
+        rows = self.db.table("plan").rows_where(order_by="id desc", limit=limit)
+        return [{**row, "body": None if row["body"] is None else json.loads(row["body"])} for row in rows]
+
+    def minutes(self, since: float) -> list[CardMinute]:
+        """The minutes of all cards that ended since then, as they passed."""
+        rows = self.db.table("card_minute").rows_where("at >= ?", [since], order_by="at, gpu")
+        return [msgspec.convert(row, CardMinute) for row in rows]
+
+    def learned(self) -> list[Row]:
+        """What the optimiser learned, row by row as it told it."""
+        rows = self.db.table("learned").rows_where(order_by=", ".join(LEARNED_KEY))
+        return [{**{name: row[name] for name in LEARNED_KEY}, "body": json.loads(row["body"])} for row in rows]
 
     def latest_readings(self) -> list[Row]:
         """The newest reading of every GPU (or the one that says why there is none)."""
@@ -199,7 +279,8 @@ class Queries:
 
     def oldest_ready_at(self) -> float | None:
         row = self.db.conn.execute(
-            "SELECT min(ready_at) FROM job JOIN inbox ON inbox.id = inbox_id WHERE job.state = 'ready' AND inbox.active = 1"
+            "SELECT min(ready_at) FROM job JOIN inbox ON inbox.id = inbox_id"
+            " WHERE job.state = 'ready' AND job.held = 0 AND inbox.active = 1"
         ).fetchone()
         return None if row[0] is None else float(row[0])
 

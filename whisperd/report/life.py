@@ -28,6 +28,8 @@ def brief(row: Row) -> dict[str, Any]:
         "inbox": printable(row["inbox_path"]),
         "size": row["size"],
         "attempts": row["attempts"],
+        "priority": row["priority"],
+        "held": bool(row["held"]),
         "duration_s": row["duration_s"],
         "language": row["language"],
         "process_s": row["process_s"],
@@ -97,5 +99,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         length = "" if row["duration_s"] is None else f"{row['duration_s']:.1f} s"
         why = f"  [{row['failure']['what']}]" if row["failure"] and row["state"] == "failed" else ""
         why = "  [doubtful]" if row["quality"] == "doubtful" else why
+        why = "  [held]" if row["held"] else why
         lines.append(f"{row['job']:>6}  {row['state']:<11} {length:>8}  {row['attempts']:>3}  {row['path']}{why}")
     return "\n".join(lines)
