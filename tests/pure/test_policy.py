@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whisperd.config import HealthSettings
-from whisperd.dispatcher import optimiser, queueing, resume, retry
+from whisperd.dispatcher import choice, resume, retry
 from whisperd.dispatcher.counters import Counters
 from whisperd.dispatcher.delivery import error_text, names
 from whisperd.health.checks import CHECKS, Observation, judge
@@ -18,109 +18,6 @@ from whisperd.health.heals import CoolDown
 from whisperd.report import status
 from whisperd.vocabulary import Failure, FailureKind, JobOptions, Reading, Window
 from whisperd.wire import BatchDone, EngineReady, Transcribe
-
-# --- who is next -----------------------------------------------------------------------------------------------------------------
-
-
-def row(
-    job: int, *, priority: int = 1, ready_at: float = 0.0, inbox: int = 1, attempts: int = 0, code: str | None = None
-) -> dict[str, Any]:
-    kind = {None: None, "source_down": "waiting"}.get(code, "transient")
-    failed = {"attempts": attempts, "failure_kind": kind, "failure_code": code}
-    return {"id": job, "priority": priority, "ready_at": ready_at, "inbox_id": inbox, **failed}
-
-
-def test_urgent_goes_first_then_first_come() -> None:
-    """Among files that wait equally long, the class decides, then who came first."""
-    ready = [row(1, priority=2), row(2), row(3, ready_at=-5.0), row(4, priority=0)]
-    order = []
-    while (chosen := queueing.next_job(ready, 1.0, inboxes={1})) is not None:
-        order.append(chosen["id"])
-        ready.remove(chosen)
-    assert order == [4, 3, 2, 1]
-
-
-def test_an_inbox_that_cannot_open_files_is_passed_over() -> None:
-    """A share that is down holds up nobody else."""
-    assert queueing.next_job([row(1, inbox=7), row(2)], 0.0, inboxes={1}) == row(2)
-    assert queueing.next_job([row(1, inbox=7)], 0.0, inboxes={1}) is None
-
-
-@given(st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1e6)), min_size=1, max_size=30))
-def test_nothing_starves(arrivals: list[tuple[int, float]]) -> None:
-    """Whatever arrives: a file of the lowest class is next once it has waited two classes longer than all urgent ones."""
-    old = row(0, priority=2, ready_at=0.0)
-    newer = [row(n, priority=p, ready_at=3 * queueing.AGING_S + at) for n, (p, at) in enumerate(arrivals, start=1)]
-    now = max(r["ready_at"] for r in newer)
-    assert queueing.next_job([*newer, old], now, inboxes={1}) == old
-
-
-# --- and to whom -----------------------------------------------------------------------------------------------------------------
-
-
-def seat(engine: int, tasks: int, slots: int = 4, *, suspect: bool = False) -> queueing.Seat:
-    return queueing.Seat(engine, tasks, slots - tasks, suspect)
-
-
-def handed(ready: list[dict[str, Any]], *seats: queueing.Seat) -> tuple[int, int] | None:
-    """(job, engine) of the next one handed out."""
-    chosen = queueing.hand_out(ready, seats, 1.0, inboxes={1})
-    return None if chosen is None else (chosen[0]["id"], chosen[1].engine)
-
-
-@pytest.mark.parametrize(
-    ("attempts", "code", "suspected"),
-    [
-        (0, None, False),  # new
-        (0, "source_down", False),  # waited for its share
-        (1, "worker_died", True),
-        (2, "worker_died", True),
-        (1, None, True),  # died, ran alone, and the daemon was killed
-        (1, "source_down", True),  # died, and then its share was away
-        (1, "engine_error", False),  # failed by itself: everybody knows who it was
-    ],
-)
-def test_who_is_suspected(attempts: int, code: str | None, suspected: bool) -> None:
-    """Who may have killed a worker is told by the row alone, whatever came since."""
-    assert queueing.suspect(row(1, attempts=attempts, code=code)) is suspected
-
-
-def test_the_roomiest_engine_is_next() -> None:
-    """The engine with most free slots gets the job; full ones, those that are not ready and those with a suspect get none."""
-    ready = [row(1), row(2)]
-    assert handed(ready, seat(1, 3), seat(2, 1), seat(3, 2)) == (1, 2)
-    assert handed(ready, seat(1, 4), seat(2, 0, slots=0)) is None
-    assert handed(ready, seat(1, 1, suspect=True)) is None
-    assert handed([], seat(1, 0)) is None
-
-
-def test_a_suspect_gets_an_empty_engine_or_makes_one() -> None:
-    """A suspect goes to an engine without tasks. While there is none nobody overtakes it, unless another suspect runs already."""
-    suspect, other = row(1, attempts=1, code="worker_died"), row(2, ready_at=5.0)
-    assert handed([suspect, other], seat(1, 1, slots=32), seat(2, 0)) == (1, 2)
-    assert handed([suspect, other], seat(1, 1), seat(2, 3)) is None
-    assert handed([suspect, other], seat(1, 1), seat(2, 1, suspect=True)) == (2, 1)
-    assert handed([other, row(3, ready_at=9.0, attempts=1)], seat(1, 1)) == (2, 1), "one that came first is not overtaken by it either"
-
-
-@given(
-    st.lists(st.tuples(st.booleans(), st.floats(0, 9)), max_size=12),
-    st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=4),
-)
-def test_suspects_are_alone_whatever_comes(jobs: list[tuple[bool, float]], engines: list[tuple[int, bool]]) -> None:
-    """Handing out until nothing more goes: no suspect is ever beside another job, no engine has more than its slots, and an empty
-    engine stays empty only when nothing is left for it."""
-    ready = [row(number, attempts=int(bad), ready_at=at) for number, (bad, at) in enumerate(jobs)]
-    seats = [seat(number, 1 if bad else tasks, suspect=bad) for number, (tasks, bad) in enumerate(engines)]
-    while (chosen := queueing.hand_out(ready, seats, 1.0, inboxes={1})) is not None:
-        job, taken = chosen
-        assert taken.free > 0 and not taken.suspect
-        bad = queueing.suspect(job)
-        assert not bad or taken.tasks == 0
-        ready.remove(job)
-        seats[taken.engine] = seat(taken.engine, taken.tasks + 1, suspect=bad)
-    assert not ready or not any(seat.tasks == 0 for seat in seats)
-
 
 # --- where it goes on ------------------------------------------------------------------------------------------------------------
 
@@ -240,28 +137,16 @@ def test_auto_chooses_a_real_model_by_hardware(
     readings: list[Reading], cores: int, memory_mib: int, expected: tuple[str, str, str]
 ) -> None:
     """ "auto" is a real Whisper model that fits the machine, never the demo; an unknown size is no size."""
-    hardware = optimiser.hardware_of(readings, cores=cores, memory_mib=memory_mib)
-    choice = optimiser.choose("auto", "auto", "auto", hardware)
-    assert choice[:3] == expected
-    assert choice.reason
+    hardware = choice.hardware_of(readings, cores=cores, memory_mib=memory_mib)
+    chosen = choice.choose("auto", "auto", "auto", hardware)
+    assert chosen[:3] == expected
+    assert chosen.reason
 
 
 def test_what_is_configured_is_not_overruled() -> None:
     """A named model, device and precision are taken as they are."""
-    hardware = optimiser.hardware_of([gpu(24_000)], cores=2, memory_mib=1)
-    assert optimiser.choose("demo", "cpu", "float32", hardware)[:3] == ("demo", "cpu", "float32")
-
-
-def test_a_batch_fits_its_device() -> None:
-    """Few windows on a CPU, more on a GPU, unless the operator says how many."""
-    assert [optimiser.batch_of(0, "cpu"), optimiser.batch_of(0, "cuda"), optimiser.batch_of(3, "cuda")] == [4, 16, 3]
-
-
-def test_the_plan_says_why() -> None:
-    """A plan names its cause; without a GPU it says so plainly."""
-    plan = optimiser.decide(workers=2, readings=[Reading(gpu="", status="no_driver", what="no GPU: no NVIDIA driver on this machine")])
-    assert plan.workers == 2
-    assert "no GPU" in plan.reason
+    hardware = choice.hardware_of([gpu(24_000)], cores=2, memory_mib=1)
+    assert choice.choose("demo", "cpu", "float32", hardware)[:3] == ("demo", "cpu", "float32")
 
 
 # --- names and words -------------------------------------------------------------------------------------------------------------
