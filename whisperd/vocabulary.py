@@ -247,22 +247,64 @@ def quality_of(windows: Sequence[Window], doubts: Sequence[str]) -> Quality:
     )
 
 
+class GpuProcess(Noun, frozen=True):
+    """A process that a GPU's driver knows of. In a container its number may be another one than here, and its memory unknown."""
+
+    pid: int
+    vram_mib: int | None = None
+
+
+class Xid(Noun, frozen=True):
+    """An error event of a GPU, by NVIDIA's XID number, delivered once."""
+
+    code: int
+    pid: int | None = None
+
+
 class Reading(Noun, frozen=True):
     """What the probe saw of one GPU, or why it saw none. Unknown figures are None, never zero."""
 
     gpu: str  # UUID, or "" when there is no GPU at all
-    status: str  # "ok", "no_gpu", "no_driver", "lost", "mismatch", "unknown"
+    status: str  # "ok", "no_gpu", "no_driver", "lost", "mismatch", "revoked", "reset_required", "unknown"
     what: str
     name: str = ""
     driver: str = ""
     vram_total_mib: int | None = None
-    vram_used_mib: int | None = None
+    vram_used_mib: int | None = None  # everybody's, with what the driver keeps for itself: the rest is free
     utilisation_percent: int | None = None
     temperature_c: int | None = None
+    slowdown_c: int | None = None  # from here on the GPU slows itself down
+    power_w: int | None = None
+    power_limit_w: int | None = None
+    throttled: tuple[str, ...] = ()  # "thermal", "hw_slowdown", "power_brake", "power_cap"
+    mig: bool | None = None
+    mps: bool | None = None  # an MPS server runs on this machine
+    processes: tuple[GpuProcess, ...] | None = None
+    unsupported: tuple[str, ...] = ()  # figures that this GPU does not give
+    xids: tuple[Xid, ...] = ()  # since the last reading
+
+
+class CardMinute(Noun, frozen=True):
+    """One minute of a card, rolled up from readings and from what the pool did. `gpu` is a UUID or "cpu"."""
+
+    gpu: str
+    at: float  # its end, epoch
+    samples: int
+    memory_total_mib: int | None = None
+    memory_used_min_mib: int | None = None
+    memory_used_max_mib: int | None = None
+    own_max_mib: int | None = None  # held by our workers
+    utilisation_mean_percent: float | None = None
+    temperature_max_c: int | None = None
+    power_mean_w: float | None = None
+    throttled_s: float = 0.0
+    workers: float = 0.0  # mean number
+    batch: int = 0
+    audio_s: float = 0.0  # finished in it
 
 
 class Plan(Noun, frozen=True):
-    """How many engine children should live, and why. Made by settings for now, by the optimiser later."""
+    """How many engine children should live, and why, in words."""
 
     workers: int
     reason: str

@@ -135,11 +135,15 @@ WatcherOut = WatcherReady | Sightings | Scanned | InboxDown | SourceOpened | Sou
 
 
 class LoadModel(Message, frozen=True):
-    """daemon → engine: the one model of this child's life, and the caps on what media may ask of it."""
+    """daemon → engine: the one model of this child's life, and the caps on what media may ask of it.
+
+    The GPU is the only one the child can see (its environment names it); `gpu` is its UUID, "" on a CPU.
+    """
 
     model: str
     device: str
     compute_type: str
+    gpu: str
     cpu_threads: int
     batch: int  # windows decoded together at most
     encoder: str  # "auto", "ctranslate2", "torch"
@@ -161,6 +165,7 @@ class EngineReady(Message, frozen=True):
     slots: int
     load_s: float
     rss_mib: int
+    vram_mib: int | None = None  # what loading took of the GPU's memory; None on a CPU or where the driver does not say
 
 
 class BootFailed(Message, frozen=True):
@@ -180,6 +185,19 @@ class Transcribe(Message, frozen=True):
     windows_done: int = 0
     position_s: float = 0.0
     front_end: bytes = b""
+
+
+class SetBatch(Message, frozen=True):
+    """daemon → engine: from the next call on, decode at most so many windows together. No model is loaded anew."""
+
+    batch: int
+
+
+class BatchSet(Message, frozen=True):
+    """engine → daemon: so it is; `slots` jobs may be in hand from now on (what is in hand beyond them goes on)."""
+
+    batch: int
+    slots: int
 
 
 class Unload(Message, frozen=True):
@@ -220,7 +238,8 @@ class BatchDone(Message, frozen=True):
     encoded_needed: int
     took_s: float
     rss_mib: int
-    vram_used_mib: int | None = None
+    vram_used_mib: int | None = None  # of the whole GPU, everybody's
+    vram_mib: int | None = None  # the most that this process held of it since the last such frame, context included
 
 
 class OutOfMemory(Message, frozen=True):
@@ -259,8 +278,10 @@ class Unloaded(Message, frozen=True):
     rss_mib: int
 
 
-EngineIn = LoadModel | Transcribe | Abandon | Unload | Stop
-EngineOut = EngineReady | BootFailed | Progress | WindowDone | BatchDone | OutOfMemory | Finished | JobFailed | Abandoned | Unloaded
+EngineIn = LoadModel | Transcribe | Abandon | SetBatch | Unload | Stop
+EngineOut = (
+    EngineReady | BootFailed | Progress | WindowDone | BatchDone | BatchSet | OutOfMemory | Finished | JobFailed | Abandoned | Unloaded
+)
 
 
 # --- outbox --------------------------------------------------------------------------------------------------------------------
@@ -344,6 +365,7 @@ class Readings(Message, frozen=True):
     """probe → daemon: one reading for each GPU, or one that says why there is none."""
 
     readings: tuple[Reading, ...]
+    took_s: float = 0.0  # what the look cost
 
 
 ProbeIn = StartProbe | Stop

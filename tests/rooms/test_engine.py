@@ -19,14 +19,15 @@ import pytest
 from recordings import SENTENCES, Studio, likeness, samples_of, write_wav
 
 from whisperd.child import Child
-from whisperd.engine.__main__ import failure_of
 from whisperd.engine.audio import MediaDamaged
+from whisperd.engine.failure import failure_of
 from whisperd.engine.model import ModelAbsent
 from whisperd.vocabulary import JobOptions, Window
 from whisperd.wire import (
     Abandon,
     Abandoned,
     BatchDone,
+    BatchSet,
     BootFailed,
     EngineOut,
     EngineReady,
@@ -35,6 +36,7 @@ from whisperd.wire import (
     LoadModel,
     Message,
     Progress,
+    SetBatch,
     Transcribe,
     Unload,
     Unloaded,
@@ -51,6 +53,7 @@ def load_request(**changes: Any) -> LoadModel:
         "model": "demo",
         "device": "cpu",
         "compute_type": "int8",
+        "gpu": "",
         "cpu_threads": 1,
         "batch": 4,
         "encoder": "auto",
@@ -272,6 +275,57 @@ def test_the_engine_ends_with_the_daemon(fresh: Engine, long_talk: Path) -> None
     fresh.until(WindowDone)
     fresh.child.channel._socket.shutdown(socket.SHUT_RDWR)
     assert fresh.ended() == "ended normally"
+
+
+@pytest.mark.parametrize("ending", ["told to stop", "left alone"])
+def test_a_download_is_not_finished_first(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop, or the daemon's end, while the model is being fetched from a hub that does not answer: the process ends normally."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        engine = Engine(load_request(model="somebody/large", cache_dir=str(tmp_path), offline=False))
+        try:
+            hub.settimeout(PATIENCE_S)
+            with hub.accept()[0]:
+                if ending == "told to stop":
+                    engine.child.drain(time.monotonic())
+                else:
+                    engine.child.channel._socket.shutdown(socket.SHUT_RDWR)
+                assert engine.ended() == "ended normally"
+        finally:
+            engine.close()
+
+
+# --- the batch -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_batch_is_set_in_the_middle_of_work(fresh: Engine, studio: Studio) -> None:
+    """Up, down and up again while more jobs are in hand than there are slots: each answer has the new slots, the calls after it keep to
+    the new limit and fill it, and every job has the text that it has alone."""
+    sources = [studio.say(text) for text in SENTENCES[:12]]
+    alone = [fresh.whole(number, source)[0] for number, source in enumerate(sources)]
+    fresh.frames = []
+    for batch in (1, 8, 2):
+        for number, source in enumerate(sources):
+            fresh.transcribe(number, source)
+        fresh.until(WindowDone)
+        first, told = fresh.heard[-1], fresh.frames
+        fresh.send(SetBatch(batch=batch))
+        fresh.frames = [first, *told]
+        answer, windows, finished = None, dict[int, list[Window]](), 0
+        calls: list[BatchDone] = []
+        while finished < len(sources):
+            message = fresh.until(BatchSet, BatchDone, WindowDone, Finished, JobFailed)
+            assert not isinstance(message, JobFailed), message
+            finished += isinstance(message, Finished)
+            if isinstance(message, BatchSet):
+                answer = message
+            elif isinstance(message, BatchDone) and answer is not None:
+                calls.append(message)
+            elif isinstance(message, WindowDone):
+                windows.setdefault(message.job, []).append(message.window)
+        assert answer == BatchSet(batch=batch, slots=2 * batch)
+        assert calls and {call.limit for call in calls} == {batch} and max(call.windows for call in calls) <= batch
+        assert [windows[number] for number in range(len(sources))] == alone
 
 
 # --- what is wrong with a file, or with the model ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-from whisperd.engine import cuda, model
+from whisperd.engine import cuda, model, vram
 from whisperd.engine.memory import is_out_of_memory, memory_rss_mib
 from whisperd.engine.model import Loaded, ModelAbsent, ModelUnusable
 from whisperd.wire import LoadModel
@@ -32,6 +32,7 @@ def request(**changes: Any) -> LoadModel:
         "model": "demo",
         "device": "cpu",
         "compute_type": "int8",
+        "gpu": "",
         "cpu_threads": 1,
         "batch": 4,
         "encoder": "ctranslate2",
@@ -132,7 +133,7 @@ def test_what_is_loaded_is_a_whole_whisper_model(loaded: Loaded) -> None:
 def test_it_tells_what_was_loaded(loaded: Loaded) -> None:
     assert (loaded.name, loaded.device, loaded.encoder, loaded.n_mels, loaded.stacked) == ("demo", "cpu", "ctranslate2", 80, False)
     assert loaded.torch_encoder is None
-    assert loaded.vram_used_mib() is None
+    assert (loaded.holding, loaded.vram_peak_mib(), loaded.vram_used_mib()) == (None, None, None)
     assert 0 < loaded.load_s < 60
 
 
@@ -244,6 +245,8 @@ def test_an_operators_allocator_settings_stand(own: dict[str, str]) -> None:
         (RuntimeError("CUDA failed with error out of memory"), True),
         (RuntimeError("cuBLAS failed with status CUBLAS_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes"), True),
+        (RuntimeError("mkl_malloc: failed to allocate memory"), True),
+        (RuntimeError("could not create a memory object"), True),
         (RuntimeError("cuBLAS failed with status CUBLAS_STATUS_INTERNAL_ERROR"), False),
         (RuntimeError("Library libcublas.so.12 is not found or cannot be loaded"), False),
         (ValueError("a language out of memory"), False),
@@ -345,40 +348,127 @@ def test_the_environment_of_cuda() -> None:
 DRIVER = """
 #include <stddef.h>
 #include <stdint.h>
-static uint64_t high = 700ull << 20; static int depth = 0, retained = 0;
+#include <stdlib.h>
+#define FIRST 7
+#define SECOND 8
+static uint64_t free_mib = 5120, reserved_mib = 0, high_mib = 0;
+static uintptr_t stack[8]; static int depth = 0, retained = 0, second = 0;
+static int of(void *pointer) { return (uintptr_t)pointer; }
+static int ours(int device) { return device == 40 + DEVICE; }
 int cuInit(unsigned flags) { return FAILURE; }
 int cuDeviceGet(int *device, int index) { *device = index + 40; return index > 1 ? 101 : 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { retained++; *context = (void *)(uintptr_t)(device == 41 ? 7 : 9); return 0; }
-int cuCtxPushCurrent_v2(void *context) { depth += (uintptr_t)context == 7; return 0; }
-int cuCtxPopCurrent_v2(void **context) { depth--; return 0; }
-int cuMemGetInfo_v2(size_t *free, size_t *total) { *free = 5ull << 30; *total = 140ull << 30; return depth == 1 ? 0 : 201; }
-int cuDeviceGetMemPool(void **pool, int device) { *pool = (void *)(uintptr_t)(device == 41 ? 3 : 0); return 0; }
-int cuMemPoolGetAttribute(void *pool, int name, uint64_t *value) { *value = high; return (uintptr_t)pool == 3 && name == 6 ? 0 : 1; }
-int cuMemPoolSetAttribute(void *pool, int name, uint64_t *value) { high = *value + (300ull << 20); return 0; }
-int balanced(void) { return depth == 0 && retained == 1; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { retained++; *context = (void *)(uintptr_t)(ours(device) ? FIRST : 9); return 0; }
+int cuCtxCreate_v2(void **context, unsigned flags, int device) {
+    if (!ours(device) || getenv("ONE_CONTEXT")) return 999;
+    free_mib -= 480; second++; stack[depth++] = SECOND; *context = (void *)(uintptr_t)SECOND; return 0; }
+int cuCtxDestroy_v2(void *context) {
+    if (of(context) != SECOND) return 201;
+    free_mib += 480; second--; if (depth && stack[depth - 1] == SECOND) depth--; return 0; }
+int cuCtxPushCurrent_v2(void *context) { stack[depth++] = of(context); return 0; }
+int cuCtxPopCurrent_v2(void **context) { *context = (void *)stack[--depth]; return 0; }
+int cuMemGetInfo_v2(size_t *free, size_t *total) {
+    *free = free_mib << 20; *total = 140ull << 30; return depth && stack[depth - 1] == FIRST ? 0 : 201; }
+int cuDeviceGetMemPool(void **pool, int device) { *pool = (void *)(uintptr_t)(ours(device) ? 3 : 0); return 0; }
+int cuMemPoolGetAttribute(void *pool, int name, uint64_t *value) {
+    *value = (name == 5 ? reserved_mib : high_mib) << 20; return of(pool) == 3 && (name == 5 || name == 6) ? 0 : 1; }
+int cuMemPoolSetAttribute(void *pool, int name, uint64_t *value) { if (*value || name != 6) return 1; high_mib = reserved_mib; return 0; }
+int balanced(void) { return depth == 0 && retained == 1 && second == 0; }
+void pool_holds(int mib) {
+    free_mib += reserved_mib - mib; reserved_mib = mib; if (reserved_mib > high_mib) high_mib = reserved_mib; }
+void others_take(int mib) { free_mib -= mib; }
 """
+
+
+def driver(tmp_path: Path, *, failure: int = 0, device: int = 0) -> dict[str, str]:
+    """A libcuda.so.1 with figures that the test sets, for the environment of a process."""
+    source = DRIVER.replace("FAILURE", str(failure)).replace("DEVICE", str(device))
+    library(tmp_path / "libcuda.so.1", source)
+    return {"LD_LIBRARY_PATH": str(tmp_path)}
+
 
 FIGURES = """
 import ctypes
 from whisperd.engine import cuda
-answer = [cuda.memory_mib(1), cuda.memory_mib(1), cuda.pool_peak_mib(1), cuda.pool_peak_mib(1), cuda.memory_mib(2), cuda.pool_peak_mib(2)]
+PREPARE
+answer = [cuda.memory_mib(1), cuda.pool_mib(1), cuda.pool_peak_mib(1), cuda.pool_peak_mib(1), cuda.context_mib(1), cuda.memory_mib(1)]
+answer += [cuda.memory_mib(2), cuda.pool_mib(2), cuda.pool_peak_mib(2), cuda.context_mib(2)]
 """
 
 
 @needs_gcc
 def test_memory_figures_of_the_driver(tmp_path: Path) -> None:
-    """Free and total of the right GPU in MiB, its context current only meanwhile and held once; the peak counts anew after each look."""
-    library(tmp_path / "libcuda.so.1", DRIVER.replace("FAILURE", "0"))
-    answer = fresh(FIGURES + "answer.append(ctypes.CDLL('libcuda.so.1').balanced())", LD_LIBRARY_PATH=str(tmp_path))
-    assert answer == [[5120, 143360], [5120, 143360], 700, 300, None, None, 1]
+    """Free and total of the right GPU in MiB, its context current only meanwhile and held once; the peak counts anew after each look;
+    what a context takes is seen by a second one, which is gone at once."""
+    prepare = "driver = ctypes.CDLL('libcuda.so.1'); driver.pool_holds(700); driver.pool_holds(300)"
+    code = FIGURES.replace("PREPARE", prepare) + "answer.append(driver.balanced())"
+    answer = fresh(code, **driver(tmp_path, device=1))
+    assert answer == [[4820, 143360], 300, 700, 300, 480, [4820, 143360], None, None, None, None, 1]
+
+
+HELD = """
+import ctypes
+from whisperd.engine import vram
+driver = ctypes.CDLL('libcuda.so.1')
+before = vram.look()
+driver.pool_holds(1600)
+driver.others_take(100)
+held = vram.settle(before)
+answer = [held.outside_mib, held.loaded_mib, vram.used_mib()]
+driver.pool_holds(2600)
+driver.pool_holds(1800)
+answer += [vram.peak_mib(held), vram.peak_mib(held), vram.told(held), vram.told(None), driver.balanced()]
+"""
+
+
+@needs_gcc
+def test_what_this_process_holds_of_its_gpu(tmp_path: Path) -> None:
+    """Context, cuBLAS and pool after loading, then with each look the most of the pool since the one before; everybody's beside it."""
+    assert fresh(HELD, **driver(tmp_path)) == [
+        480 + 100,
+        480 + 100 + 1600,
+        143360 - 5120 + 1600 + 100,
+        580 + 2600,
+        580 + 1800,
+        "3220 of 143360 MiB of the GPU are free, this process holds 2380 MiB",
+        "3220 of 143360 MiB of the GPU are free",
+        1,
+    ]
+
+
+@needs_gcc
+def test_a_context_that_cannot_be_measured_has_the_usual_size(tmp_path: Path) -> None:
+    """Where a process may have only one (exclusive mode)."""
+    assert fresh(HELD, **driver(tmp_path), ONE_CONTEXT="1")[0] == vram.CONTEXT_USUAL_MIB + 100
+
+
+@pytest.mark.parametrize(
+    ("context_mib", "grown_mib", "pool_mib", "outside_mib"),
+    [
+        (480, 1700, 1600, 580),
+        (480, 1500, 1600, 480),  # somebody else gave memory back meanwhile
+        (480, 9000, 1600, 480 + vram.WORKSPACE_MAX_MIB),  # somebody else took some
+        (-300, 1700, 1600, vram.CONTEXT_USUAL_MIB + 100),
+        (9000, 1700, 1600, vram.CONTEXT_USUAL_MIB + 100),
+        (None, 1700, 1600, vram.CONTEXT_USUAL_MIB + 100),
+        (480, 1700, 0, 480 + 1700),  # another allocator than the pool
+    ],
+)
+def test_what_of_a_gpu_is_ours(context_mib: int | None, grown_mib: int, pool_mib: int, outside_mib: int) -> None:
+    """The whole GPU's change is ours only as far as it can be; without a pool there is no peak to be told."""
+    held = vram.holding(context_mib, grown_mib, pool_mib)
+    assert held == vram.Holding(outside_mib, outside_mib + pool_mib)
+    assert held.pooled is (pool_mib > 0)
+
+
+NO_FIGURES = FIGURES.replace("PREPARE", "") + "from whisperd.engine import vram; answer += [vram.look(), vram.used_mib(), vram.told(None)]"
+UNTOLD = [None] * 12 + ["the GPU's driver does not say how much was free"]
 
 
 @needs_gcc
 def test_a_driver_that_does_not_start_has_no_figures(tmp_path: Path) -> None:
-    library(tmp_path / "libcuda.so.1", DRIVER.replace("FAILURE", "100"))
-    assert fresh(FIGURES, LD_LIBRARY_PATH=str(tmp_path)) == [None] * 6
+    assert fresh(NO_FIGURES, **driver(tmp_path, failure=100)) == UNTOLD
 
 
 @pytest.mark.skipif(cuda._loads(cuda.DRIVER), reason="this machine has a driver")
 def test_no_driver_no_figures() -> None:
-    assert fresh(FIGURES) == [None] * 6
+    assert fresh(NO_FIGURES) == UNTOLD

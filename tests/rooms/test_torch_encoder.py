@@ -35,6 +35,7 @@ def request(**changes: Any) -> LoadModel:
         "model": "demo",
         "device": "cpu",
         "compute_type": "int8",
+        "gpu": "",
         "cpu_threads": 1,
         "batch": 4,
         "encoder": "torch",

@@ -26,21 +26,24 @@ from loguru import logger
 
 from whisperd import __version__
 from whisperd.engine import model
-from whisperd.engine.audio import Caps, MediaDamaged, MediaRefused
-from whisperd.engine.batching import Batcher, Call, Counts, Event, Refused, Shrunk
+from whisperd.engine.audio import Caps
+from whisperd.engine.batching import Batcher
+from whisperd.engine.boot import first_frames, watched
 from whisperd.engine.cuda import CudaUnusable
+from whisperd.engine.events import Call, Counts, Event, Lost, Refused, Shrunk
+from whisperd.engine.failure import failure_of
 from whisperd.engine.frontend import Feed, FrontEnd, Heard, decode_place
 from whisperd.engine.mel import LogMel
-from whisperd.engine.memory import is_out_of_memory, memory_rss_mib
-from whisperd.engine.model import ModelAbsent, ModelUnusable
+from whisperd.engine.memory import memory_rss_mib
+from whisperd.engine.model import Loaded, ModelAbsent, ModelUnusable
 from whisperd.engine.work import Language, WindowWork
-from whisperd.errors import WhisperdError
 from whisperd.log import to_parent
 from whisperd.vocabulary import Failure, FailureKind, Summary, Window
 from whisperd.wire import (
     Abandon,
     Abandoned,
     BatchDone,
+    BatchSet,
     BootFailed,
     Channel,
     EngineIn,
@@ -51,6 +54,7 @@ from whisperd.wire import (
     LoadModel,
     OutOfMemory,
     Progress,
+    SetBatch,
     Stop,
     Transcribe,
     Unload,
@@ -92,10 +96,9 @@ class Task:
 class Engine:
     """The loop of one engine process: obey the wire, then take one bounded step of the model."""
 
-    def __init__(self, channel: Channel[EngineIn], request: LoadModel, frames: Iterable[Frame[EngineIn]] = ()) -> None:
+    def __init__(self, channel: Channel[EngineIn], request: LoadModel, loaded: Loaded, frames: Iterable[Frame[EngineIn]]) -> None:
         self._channel = channel
-        self._limit = request.batch
-        self._loaded = model.load(request)
+        self._loaded = loaded
         self._caps = Caps(request.duration_max_s, request.channels_max, request.rate_max_hz)
         self._log_mel = LogMel(self._loaded.n_mels)
         self._front_end = FrontEnd()
@@ -107,6 +110,10 @@ class Engine:
         self._retry_next = False
         self._counted = Counts()  # what BatchDone has told of encoder runs
 
+    @property
+    def _slots(self) -> int:
+        return 2 * self._batcher.limit.asked
+
     def serve(self) -> None:
         loaded = self._loaded
         self._channel.send_all(
@@ -116,9 +123,10 @@ class Engine:
                 device=loaded.device,
                 compute_type=loaded.compute_type,
                 encoder=loaded.encoder,
-                slots=2 * self._limit,
+                slots=self._slots,
                 load_s=round(loaded.load_s, 3),
                 rss_mib=memory_rss_mib(),
+                vram_mib=loaded.holding.loaded_mib if loaded.holding else None,
             )
         )
         for frame in self._first_frames:
@@ -152,6 +160,9 @@ class Engine:
                 self._begin(request, frame.descriptors[0])
             case Abandon(job=job) if job in self._tasks:
                 self._end(job, Abandoned(job=job))
+            case SetBatch(batch=batch):
+                self._batcher.limit.ask(batch)
+                self._channel.send_all(BatchSet(batch=self._batcher.limit.asked, slots=self._slots))
             case Unload() if not self._tasks:
                 self._loaded.unload()
                 self._channel.send_all(Unloaded(rss_mib=memory_rss_mib()))
@@ -166,10 +177,9 @@ class Engine:
             known = Language(before.language, before.probability) if before else None
             votes = self._batcher.begin(job, request.options, known)
             place = decode_place(before.place) if before else None
-        except ModelUnusable as error:  # its files are others by now: a new engine is needed, and no job is to blame
-            logger.warning(f"{error.what}; {error.hint}")
+        except ModelUnusable as error:
             os.close(descriptor)
-            self._stopping = True
+            self._lose(error)
             self._channel.send_all(Abandoned(job=job))
             return
         except (ValueError, msgspec.DecodeError) as error:
@@ -179,6 +189,11 @@ class Engine:
         feed = Feed(job, descriptor, request.options, caps=self._caps, log_mel=self._log_mel, place=place, votes=votes)
         self._tasks[job] = Task(request, feed)
         self._front_end.add(feed)
+
+    def _lose(self, error: ModelUnusable) -> None:
+        """The model cannot be had again here: a new engine is needed, and no job is to blame."""
+        logger.warning(f"{error.what}; {error.hint}")
+        self._stopping = True
 
     def _end(self, job: int, answer: Finished | JobFailed | Abandoned) -> None:
         """The last word on a job."""
@@ -195,7 +210,8 @@ class Engine:
 
     def _barred(self) -> set[int]:
         """Jobs that have as much under way as a death may cost."""
-        return {job for job, task in self._tasks.items() if task.outstanding >= max(self._limit, task.request.options.language_windows)}
+        batch = self._batcher.limit.asked
+        return {job for job, task in self._tasks.items() if task.outstanding >= max(batch, task.request.options.language_windows)}
 
     def _step(self) -> list[Event]:
         """One bounded step: a full batch first, then what fills the next one."""
@@ -271,6 +287,8 @@ class Engine:
                 self._channel.send_all(OutOfMemory(windows=windows, beam=beam, frames=frames, limit=limit, what=what))
             case Refused(job=job, error=error):
                 self._end(job, JobFailed(job=job, failure=failure_of(error)))
+            case Lost(error=error):
+                self._lose(error)
 
     def _window(self, work: WindowWork) -> None:
         """A window has its text; tell it, and those after it that waited for it."""
@@ -310,6 +328,7 @@ class Engine:
                 took_s=round(call.took_s, 4),
                 rss_mib=memory_rss_mib(),
                 vram_used_mib=self._loaded.vram_used_mib(),
+                vram_mib=self._loaded.vram_peak_mib(),
             )
         )
         self._counted = counts
@@ -353,35 +372,6 @@ def window_of(work: WindowWork) -> Window:
     )
 
 
-def failure_of(error: Exception) -> Failure:
-    """What an exception means for the job. Ours carry their own code; memory and the unknown may pass."""
-    match error:
-        case MediaDamaged() | MediaRefused():
-            return Failure(kind=FailureKind.PERMANENT, code=error.code, what=error.what, hint=error.hint)
-        case WhisperdError():
-            return Failure(kind=FailureKind.TRANSIENT, code=error.code, what=error.what, hint=error.hint)
-        case _ if is_out_of_memory(error):
-            return _out_of_memory(str(error) or "the engine ran out of memory")
-        case OSError(strerror=why):
-            return Failure(
-                kind=FailureKind.TRANSIENT,
-                code="source_unreadable",
-                what=f"the file cannot be read: {why or type(error).__name__}",
-                hint="is the share or the disk that holds it all right? See the kernel log",
-            )
-        case ValueError() if "language" in str(error).lower():
-            return Failure(kind=FailureKind.PERMANENT, code="language_unknown", what=str(error), hint="correct the language setting")
-        case _:
-            logger.opt(exception=error).error("unexpected error in the engine")
-            return Failure(kind=FailureKind.TRANSIENT, code="engine_error", what=f"unexpected {type(error).__name__}: {error}")
-
-
-def _out_of_memory(what: str) -> Failure:
-    return Failure(
-        kind=FailureKind.TRANSIENT, code="out_of_memory", what=what, hint="use fewer workers, a lighter compute type or a smaller model"
-    )
-
-
 def limit_resources() -> None:
     """No core dumps of other people's recordings; a bounded number of open files."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -393,29 +383,21 @@ def main() -> int:
     limit_resources()
     channel: Channel[EngineIn] = join_daemon(EngineIn)
     try:
-        frames = first_frames(channel)
-        if frames is None:
+        first = first_frames(channel)
+        if first is None:
             return 0
+        request, frames = first
         try:
-            engine = Engine(channel, *frames)
+            model.prepare(request)
+            with watched(channel) as later:
+                loaded = model.load(request)
         except (ModelAbsent, ModelUnusable, CudaUnusable) as error:
             channel.send_all(BootFailed(failure=Failure(kind=FailureKind.WAITING, code=error.code, what=error.what, hint=error.hint)))
             return 3
-        engine.serve()
+        Engine(channel, request, loaded, [*frames, *later]).serve()
     except WireClosed:  # the daemon is gone, and so is our work
         return 0
     return 0
-
-
-def first_frames(channel: Channel[EngineIn]) -> tuple[LoadModel, list[Frame[EngineIn]]] | None:
-    """What to load, and what came together with that; None when told to stop."""
-    while True:
-        frames = channel.wait(None)
-        if any(isinstance(frame.message, Stop) for frame in frames):
-            return None
-        for number, frame in enumerate(frames):
-            if isinstance(frame.message, LoadModel):
-                return frame.message, frames[number + 1 :]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ equal length with the start of transcript at one place, equal frame counts, one 
                                        ▲                                                        │
                                        └────────── further pass, next way of the ladder ◀───────┘
 
-Fails with what CTranslate2 raises, in `Refused` for the windows concerned; out of memory halves the limit first.
+Fails with what CTranslate2 raises, in `Refused` for the windows concerned. Out of memory halves the limit first; a window that does not
+fit even alone is tried once more on a model that was loaded anew; when that cannot be loaded, `Lost` says that this process is of no use.
 """
 
 from __future__ import annotations
@@ -17,87 +18,25 @@ from __future__ import annotations
 import time
 import zlib
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from whisperd.engine import transcript
+from whisperd.engine.events import Call, Counts, Event, Lost, Refused, Shrunk
+from whisperd.engine.limit import Limit
 from whisperd.engine.memory import is_out_of_memory
-from whisperd.engine.model import Loaded
-from whisperd.engine.work import FRAMES, UNHEARD, Attempt, Drawn, Language, Way, WindowWork
+from whisperd.engine.model import Loaded, ModelUnusable
+from whisperd.engine.voting import Voting
+from whisperd.engine.ways import ladder, stretches
+from whisperd.engine.work import UNHEARD, Attempt, Drawn, Language, WindowWork
 from whisperd.vocabulary import JobOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SHORT_MIN_FRAMES = 1000  # 10 s: below, Whisper's accuracy falls off (CTranslate2#2100)
-SHORT_STEP_FRAMES = 200  # windows of about equal length share a batch
-SHORT_MARGIN_FRAMES = 50
-CLIMB_AFTER = 64  # batches without trouble after which a limit lowered for memory is doubled again
 OWN_LANGUAGE_MIN = 0.5  # a window less sure than this speaks the recording's language (`language_per_window`)
 PASSED_OVER_MAX = 2
-STRETCH_PAD_FRAMES = 20
-STRETCH_MIN_FRAMES = 200
-
-
-class Counts(NamedTuple):
-    """What the model did. `needed` are distinct stretches of audio, `encoded` runs of the encoder: equal, or work was wasted."""
-
-    encoded: int = 0
-    needed: int = 0
-
-
-class Call(NamedTuple):
-    """One call of the decoder."""
-
-    windows: int
-    limit: int
-    beam: int
-    frames: int
-    took_s: float
-
-
-class Shrunk(NamedTuple):
-    """A batch did not fit into memory; `limit` holds from now on."""
-
-    windows: int
-    beam: int
-    frames: int
-    limit: int
-    what: str
-
-
-class Refused(NamedTuple):
-    """A job that the model cannot do, and why."""
-
-    job: int
-    error: Exception
-
-
-Event = WindowWork | Call | Shrunk | Refused
-
-
-class Voting:
-    """The windows that a job's language is chosen by."""
-
-    def __init__(self, wanted: int) -> None:
-        self.wanted = wanted
-        self.complete = False  # no more windows will come
-        self.works: list[WindowWork] = []
-        self._shares: dict[str, float] = {}
-        self._weight = 0.0
-
-    def count(self, work: WindowWork, probabilities: list[tuple[str, float]]) -> None:
-        """Each window votes with the model's probabilities, by the length of its speech."""
-        weight = max(work.speech_s, 0.1)
-        self.works.append(work)
-        self._weight += weight
-        for token, probability in probabilities:
-            self._shares[token[2:-2]] = self._shares.get(token[2:-2], 0.0) + weight * probability
-
-    def winner(self) -> Language:
-        code = max(self._shares, key=lambda name: self._shares[name])
-        return Language(code, round(self._shares[code] / self._weight, 4))
 
 
 class Batcher:
@@ -107,8 +46,8 @@ class Batcher:
         self._loaded = loaded
         self._whisper = loaded.whisper
         self._multilingual = bool(loaded.whisper.model.is_multilingual)
-        self._limit_max = self.limit = limit
-        self._calm = 0
+        self.limit = Limit(limit)
+        self._lost = False  # the model could not be loaded anew
         self._tokenizers: dict[tuple[str, str], Any] = {}
         self._languages: dict[int, Language] = {}
         self._votings: dict[int, Voting] = {}
@@ -154,6 +93,10 @@ class Batcher:
         for of_job in (self._languages, self._votings, self._needed):
             of_job.pop(job, None)
 
+    def _wanted(self, work: WindowWork) -> bool:
+        """Whether its job has not been refused a moment ago, and there is a model."""
+        return work.job in self._needed and not self._lost
+
     def add(self, work: WindowWork) -> None:
         """Take one window in."""
         work.ways = ladder(work)
@@ -177,7 +120,7 @@ class Batcher:
     @property
     def full(self) -> bool:
         """Whether one call of the decoder would be as large as allowed."""
-        return len(self._pending) >= self.limit and len(self._together()) >= self.limit
+        return len(self._pending) >= self.limit.value and len(self._together()) >= self.limit.value
 
     def language_of(self, job: int) -> Language | None:
         """What was chosen for this job; None before the vote."""
@@ -194,7 +137,7 @@ class Batcher:
         """Encode one window, or on a GPU as many of equal length as a batch holds; language on the way."""
         works = [self._unencoded.popleft()]
         if self._loaded.stacked:
-            same = [work for work in self._unencoded if work.span[2] == works[0].span[2]][: self.limit - 1]
+            same = [work for work in self._unencoded if work.span[2] == works[0].span[2]][: self.limit.value - 1]
             for work in same:
                 self._unencoded.remove(work)
             works += same
@@ -202,20 +145,21 @@ class Batcher:
             outputs = self._run_encoder([_padded(work) for work in works])
         except Exception as error:  # noqa: BLE001 - CTranslate2 raises RuntimeError for everything
             return self._trouble(error, works, "encode")
+        events: list[Event] = []
         for work, output in zip(works, outputs, strict=True):
+            if not self._wanted(work):
+                continue
             start, end, frames = work.span
             work.encoded[work.span] = output
             self._count(work.job, (work.number if not work.only_vote else -1, round(work.start_s * 100) + start, end, frames))
-            self._after_encoding(work)
-        return []
+            events += self._after_encoding(work)
+        return events
 
     def decode(self) -> list[Event]:
         """One call of the decoder on as many windows as can share it."""
-        return self._decode(self._together())
-
-    def _decode(self, works: list[WindowWork]) -> list[Event]:
+        works = self._together()
         beam, frames = works[0].options.beam_size, works[0].span[2]
-        oldest, began = self._pending[0], time.monotonic()
+        oldest, limit, began = self._pending[0], self.limit.value, time.monotonic()
         for work in works:
             self._pending.remove(work)
         try:
@@ -223,13 +167,16 @@ class Batcher:
         except Exception as error:  # noqa: BLE001
             if len(works) == 1 or is_out_of_memory(error):
                 return self._trouble(error, works, "generate")
-            self._pending[:0] = works  # whose fault it is shows when each is alone
-            return [event for work in works for event in self._decode([work])]
+            self._pending[:0] = works
+            for work in works:
+                work.apart = True
+            return []
         self._passed_over = 0 if oldest in works else self._passed_over + 1
-        self._climb()
-        events: list[Event] = [Call(len(works), self.limit, beam, frames, time.monotonic() - began)]
+        self.limit.calm()
+        events: list[Event] = [Call(len(works), limit, beam, frames, time.monotonic() - began)]
         for work, drawn in zip(works, results, strict=True):
-            events += self._take(work, drawn)
+            if self._wanted(work):
+                events += self._take(work, drawn)
         return events
 
     def retry(self) -> list[Event]:
@@ -258,16 +205,20 @@ class Batcher:
         self._needed[job].add(stretch)
         self.total = Counts(self.total.encoded + 1, self.total.needed + new)
 
-    def _after_encoding(self, work: WindowWork) -> None:
+    def _after_encoding(self, work: WindowWork) -> list[Event]:
         voting = self._votings.get(work.job)
         if voting is not None or (self._own_language(work) and work.language is UNHEARD):
-            probabilities = self._whisper.model.detect_language(work.encoded[work.span])[0]
+            try:
+                probabilities = self._whisper.model.detect_language(work.encoded[work.span])[0]
+            except Exception as error:  # noqa: BLE001
+                return self._trouble(error, [work], "encode")
             work.language = Language(probabilities[0][0][2:-2], round(float(probabilities[0][1]), 4))
             if voting is not None:
                 voting.count(work, probabilities)
                 self._close_vote(work.job)
-                return
+                return []
         self._enqueue(work)
+        return []
 
     def _close_vote(self, job: int) -> None:
         """Choose the language once enough windows have voted, or all there are."""
@@ -310,15 +261,19 @@ class Batcher:
         return transcript.prompt(self._whisper, self._tokenizer(work.options.task, work.language.code), work)
 
     def _together(self) -> list[WindowWork]:
-        """The pending windows that fill a call best, the oldest first, at most `limit`; after a few calls without it, the oldest's own."""
+        """The pending windows that fill a call best, the oldest first, at most `limit`; after a few calls without it, the oldest's own.
+
+        Those of a call that failed are each alone: so it shows whose fault it was.
+        """
+        limit = self.limit.value
         groups: dict[tuple[object, ...], list[WindowWork]] = {}
         for work in self._pending:
             options = work.options
-            shape = (len(self._prompt(work)), work.span[2], options.beam_size, options.patience)
+            shape = (len(self._prompt(work)), work.span[2], options.beam_size, options.patience, id(work) if work.apart else None)
             groups.setdefault(shape, []).append(work)
         oldest, *_ = groups.values()
-        best = max(groups.values(), key=lambda group: min(len(group), self.limit))
-        return (oldest if self._passed_over >= PASSED_OVER_MAX else best)[: self.limit]
+        best = max(groups.values(), key=lambda group: min(len(group), limit))
+        return (oldest if self._passed_over >= PASSED_OVER_MAX else best)[:limit]
 
     def _generate(self, works: Sequence[WindowWork]) -> list[Drawn]:
         options = works[0].options
@@ -360,7 +315,11 @@ class Batcher:
         """A pass is written: go on in the window, or judge it."""
         attempt = work.attempt
         tokenizer = self._tokenizer(work.options.task, work.language.code)
-        if transcript.write(self._whisper, tokenizer, work, drawn):
+        try:
+            unfinished = transcript.write(self._whisper, tokenizer, work, drawn)
+        except Exception as error:  # noqa: BLE001 - the times of words are the model's work, too
+            return self._trouble(error, [work], "generate")
+        if unfinished:
             self._pass(work)
             return []
         attempt.complaints = transcript.judge(tokenizer, work)
@@ -388,52 +347,40 @@ class Batcher:
     # --- memory ---
 
     def _trouble(self, error: Exception, works: list[WindowWork], where: str) -> list[Event]:
-        """Too much memory: smaller batches from now on. Anything else, or one window alone that does not fit: its job is refused."""
-        if not is_out_of_memory(error) or (len(works) == 1 and self.limit == 1):
-            for job in {work.job for work in works}:
-                self.forget(job)
-            return [Refused(job, error) for job in sorted({work.job for work in works})]
-        self.limit = max(1, min(self.limit, len(works)) // 2)
-        self._calm = 0
+        """Too much memory: smaller batches from now on, and at last a fresh model. Anything else: the jobs concerned are refused."""
+        scarce = is_out_of_memory(error)
+        alone = len(works) == 1 and self.limit.value == 1
+        afresh = scarce and alone and not works[0].afresh
+        refusal = MemoryError(f"a window does not fit even alone: {self._loaded.memory_told()}; {error}") if scarce else error
+        try:
+            if afresh:
+                self._loaded.unload()
+            self._loaded.reload()  # nothing where it is: sampling may have failed between two models
+        except ModelUnusable as lost:
+            self._lost = True
+            return [*(self._refuse(works, refusal) if alone or not scarce else ()), Lost(lost)]
+        if not scarce or (alone and not afresh):
+            return self._refuse(works, refusal)
+        if afresh:
+            works[0].afresh = True
+            return self._again(works, where, f"{error}; the model was loaded anew")
+        self.limit.halve(len(works))
+        return self._again(works, where, str(error))
+
+    def _refuse(self, works: list[WindowWork], error: Exception) -> list[Event]:
+        jobs = sorted({work.job for work in works})
+        for job in jobs:
+            self.forget(job)
+        return [Refused(job, error) for job in jobs]
+
+    def _again(self, works: list[WindowWork], where: str, what: str) -> list[Event]:
+        """Back to where they were, and the news."""
         if where == "encode":
             self._unencoded.extendleft(reversed(works))
         else:
             for work in reversed(works):
                 self._pass(work) if work.attempt.way.temperature > 0 else self._pending.insert(0, work)
-        return [Shrunk(len(works), works[0].options.beam_size, works[0].span[2], self.limit, str(error))]
-
-    def _climb(self) -> None:
-        self._calm += 1
-        if self.limit < self._limit_max and self._calm >= CLIMB_AFTER:
-            self.limit, self._calm = min(self._limit_max, self.limit * 2), 0
-
-
-def ladder(work: WindowWork) -> list[Way]:
-    """The ways to decode a window, the next one only where the gate complains: as asked, at full length, warmer, pause by pause."""
-    content, options = work.features.shape[1], work.options
-    full = [Way(FRAMES, temperature) for temperature in options.temperatures]
-    if options.mode == "sequential":
-        return full
-    by_stretch = [Way(by_stretch=True)] if len(work.stretches_s) > 1 else []
-    if options.mode == "short_windows":
-        frames = -(-(content + SHORT_MARGIN_FRAMES) // SHORT_STEP_FRAMES) * SHORT_STEP_FRAMES
-        short = [Way(max(SHORT_MIN_FRAMES, frames))] if max(SHORT_MIN_FRAMES, frames) < FRAMES else []
-        return short + full + by_stretch
-    return full + by_stretch
-
-
-def stretches(work: WindowWork) -> list[tuple[int, int]]:
-    """The stretches of speech in a window as frames, padded a little; very short ones go with the one before."""
-    content = work.features.shape[1]
-    spans: list[tuple[int, int]] = []
-    for start_s, end_s in work.stretches_s:
-        start = max(0, round((start_s - work.start_s) * 100) - STRETCH_PAD_FRAMES)
-        end = min(content, round((end_s - work.start_s) * 100) + STRETCH_PAD_FRAMES)
-        if spans and (end - start < STRETCH_MIN_FRAMES or start < spans[-1][1]):
-            spans[-1] = spans[-1][0], end
-        elif end > start:
-            spans.append((start, end))
-    return spans or [(0, content)]
+        return [Shrunk(len(works), works[0].options.beam_size, works[0].span[2], self.limit.value, what)]
 
 
 def _padded(work: WindowWork) -> Any:

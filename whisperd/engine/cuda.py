@@ -20,7 +20,9 @@ CUBLAS_LT = "libcublasLt.so.12"  # needed by the other one
 DRIVER = "libcuda.so.1"
 CACHE_MAX_BYTES = 1 << 30
 
-_POOL_RESERVED_HIGH = 6  # CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH in cuda.h
+DEVICE_INDEX = 0  # of the only GPU that an engine sees
+
+_POOL_RESERVED, _POOL_RESERVED_HIGH = 5, 6  # CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT and _HIGH in cuda.h
 
 
 class CudaUnusable(WhisperdError):
@@ -115,22 +117,48 @@ def memory_mib(device_index: int) -> MemoryMib | None:
     return None if failed else MemoryMib(free.value >> 20, total.value >> 20)
 
 
-def pool_peak_mib(device_index: int) -> int | None:
-    """The most that CTranslate2's allocator held on a GPU since the last call; None where the driver does not say.
+def context_mib(device_index: int) -> int | None:
+    """What one context takes of a GPU's memory; None where the driver does not say.
+
+    Free memory cannot be asked for without a context, so what ours took does not show: for a moment a second one is opened beside it.
+    """
+    driver, before = _driver_on(device_index), memory_mib(device_index)
+    if driver is None or before is None:
+        return None
+    second = ctypes.c_void_p()
+    if driver.library.cuCtxCreate_v2(ctypes.byref(second), 0, driver.device) != 0:
+        return None
+    beside = memory_mib(device_index)
+    driver.library.cuCtxDestroy_v2(second)
+    return None if beside is None else before.free - beside.free
+
+
+def pool_mib(device_index: int) -> int | None:
+    """What CTranslate2's allocator holds on a GPU; None where the driver does not say.
 
     The model is in it, the context (some hundred MiB) and cuBLAS's own work space are not. With CT2_CUDA_ALLOCATOR=cub_caching
     the pool is not used, and this is 0.
     """
+    return _pool_figure(device_index, _POOL_RESERVED, reset=False)
+
+
+def pool_peak_mib(device_index: int) -> int | None:
+    """The most that it held since the last call; None where the driver does not say."""
+    return _pool_figure(device_index, _POOL_RESERVED_HIGH, reset=True)
+
+
+def _pool_figure(device_index: int, attribute: int, *, reset: bool) -> int | None:
     driver = _driver_on(device_index)
     if driver is None:
         return None
-    pool, peak = ctypes.c_void_p(), ctypes.c_uint64()
+    pool, figure = ctypes.c_void_p(), ctypes.c_uint64()
     if driver.library.cuDeviceGetMemPool(ctypes.byref(pool), driver.device) != 0:
         return None
-    if driver.library.cuMemPoolGetAttribute(pool, _POOL_RESERVED_HIGH, ctypes.byref(peak)) != 0:
+    if driver.library.cuMemPoolGetAttribute(pool, attribute, ctypes.byref(figure)) != 0:
         return None
-    driver.library.cuMemPoolSetAttribute(pool, _POOL_RESERVED_HIGH, ctypes.byref(ctypes.c_uint64(0)))  # from here on
-    return peak.value >> 20
+    if reset:  # a high-water mark that is set to 0 starts again from what is held now
+        driver.library.cuMemPoolSetAttribute(pool, attribute, ctypes.byref(ctypes.c_uint64(0)))
+    return figure.value >> 20
 
 
 class _Driver(NamedTuple):

@@ -14,7 +14,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _KEPT_FREE_BYTES = (1 << 31) - 1
 _MAPPED_FROM_BYTES = 1 << 30
 
-_NO_MEMORY = ("out of memory", "alloc_failed", "bad_alloc", "allocate memory")
+_NO_MEMORY = ("out of memory", "alloc_failed", "bad_alloc", "allocate memory", "could not create a memory object")  # the last is oneDNN's
 
 
 def keep_freed_memory() -> bool:

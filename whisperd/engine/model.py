@@ -1,7 +1,8 @@
 """model: where the one model of this process comes from, how it is loaded, given back and loaded again.
 
 Owns: names → directories → `Loaded`. A model is looked for on disk first; the network is used only to fetch one that is absent, and
-never when `offline`. Fails with `ModelAbsent` (waited for: no file is to blame), `ModelUnusable` and `CudaUnusable`.
+never when `offline`. Fails with `ModelAbsent` (waited for: no file is to blame), `ModelUnusable`, its kind `ModelTooLarge`, and
+`CudaUnusable`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from loguru import logger
 
-from whisperd.engine import cuda, memory
+from whisperd.engine import cuda, memory, vram
 from whisperd.engine.torch_encoder import TorchEncoder, cpu_flags, pays, worth_trying
 from whisperd.engine.weights import WeightsUnreadable
 from whisperd.errors import WhisperdError
+from whisperd.vocabulary import JobOptions
 
 if TYPE_CHECKING:
     from whisperd.wire import LoadModel
@@ -48,6 +50,12 @@ class ModelUnusable(WhisperdError):
     recoverable = True
 
 
+class ModelTooLarge(ModelUnusable):
+    """There is not enough memory left for the model, on the GPU or in the machine."""
+
+    code = "out_of_memory"
+
+
 @dataclass(eq=False)
 class Loaded:
     """A model in memory, with what a transcript's provenance says of it. For one thread: CTranslate2's `encode` takes no lock.
@@ -68,6 +76,7 @@ class Loaded:
     warm_up_s: float = 0.0
     encoder: str = "ctranslate2"
     torch_encoder: TorchEncoder | None = None
+    holding: vram.Holding | None = None  # of the GPU's memory; None on a CPU or where its driver does not say
 
     @property
     def stacked(self) -> bool:
@@ -75,7 +84,12 @@ class Loaded:
 
     def unload(self) -> None:
         """Give the model's memory back until `reload`. Raises ModelUnusable when the model is still at work after a while."""
-        model = self.whisper.model
+        if self.whisper.model is not None:
+            self._unload_ctranslate2(self.whisper.model)
+        self.torch_encoder = None
+        memory.release_freed_memory()
+
+    def _unload_ctranslate2(self, model: Any) -> None:
         until = time.monotonic() + UNLOAD_MAX_S
         model.unload_model()
         while model.model_is_loaded:  # a batch is counted a moment longer than its call takes, and meanwhile nothing is unloaded
@@ -86,13 +100,14 @@ class Loaded:
                 )
             time.sleep(UNLOAD_LOOK_S)
             model.unload_model()
-        self.torch_encoder = None
-        memory.release_freed_memory()
 
     def reload(self) -> None:
         """Have the model in memory again; nothing where it is. Raises ModelUnusable, also when its files are others by now."""
         try:
-            if not self.whisper.model.model_is_loaded:
+            if self.whisper.model is None:
+                self._see_that_files_are_the_same()
+                self.whisper.model = self._read_anew()
+            elif not self.whisper.model.model_is_loaded:
                 self._see_that_files_are_the_same()
                 self.whisper.model.load_model()
             if self.encoder == "torch" and self.torch_encoder is None:
@@ -104,15 +119,16 @@ class Loaded:
         """Make the samples drawn from here on depend on `seed` (32 bits) alone. Raises ModelUnusable.
 
         CTranslate2 seeds the generator of each of its threads once, at its first use, so this takes new threads: the model is loaded
-        again, which costs about as much as a window (docs/decisions/0010).
+        again, which costs about as much as a window (docs/decisions/0010). Where that fails there is no model until `reload`.
         """
         import ctranslate2
 
-        old = self.whisper.model
-        given = {"device": old.device, "compute_type": old.compute_type, "intra_threads": self.cpu_threads}
-        self.whisper.model = old = None  # first, so that both never need memory at a time
+        self.whisper.model = None  # first, so that both never need memory at a time
         ctranslate2.set_random_seed(seed)  # type: ignore[attr-defined]
-        self.whisper.model = _reader(self.directory, **given)
+        self.whisper.model = self._read_anew()
+
+    def _read_anew(self) -> Any:
+        return _reader(self.directory, device=self.device, compute_type=self.compute_type, intra_threads=self.cpu_threads)
 
     def _see_that_files_are_the_same(self) -> None:
         if revision_of(self.directory) != self.revision:
@@ -121,21 +137,35 @@ class Loaded:
                 hint="the engine must start anew: its transcripts would name another model than the one that wrote them",
             )
 
+    def vram_peak_mib(self) -> int | None:
+        """The most that this process held of the GPU's memory since the last call, context included; None as `holding`."""
+        return vram.peak_mib(self.holding) if self.holding else None
+
     def vram_used_mib(self) -> int | None:
-        """The most that the model and its batches took of the GPU since the last call, context left out; None on a CPU."""
-        return cuda.pool_peak_mib(0) if self.device == "cuda" else None
+        """What all processes hold of the GPU's memory; None on a CPU."""
+        return vram.used_mib() if self.device == "cuda" else None
+
+    def memory_told(self) -> str:
+        """What there is of memory, for a sentence."""
+        return vram.told(self.holding) if self.device == "cuda" else f"this process holds {memory.memory_rss_mib()} MiB"
 
 
-def load(request: LoadModel) -> Loaded:
-    """Find, fetch when needed, load, and do once what would hold up the first job. Raises ModelAbsent, ModelUnusable, CudaUnusable."""
-    began = time.monotonic()
+def prepare(request: LoadModel) -> None:
+    """What must stand before this process has threads. Raises CudaUnusable."""
     if request.device == "cuda":
         for name, value in cuda.environment(request.cache_dir).items():
             os.environ.setdefault(name, value)
         cuda.prepare()
     else:
         memory.keep_freed_memory()
+
+
+def load(request: LoadModel) -> Loaded:
+    """Find, fetch when needed, load, and do once what would hold up the first job. Raises ModelAbsent, ModelUnusable, CudaUnusable."""
+    began = time.monotonic()
+    prepare(request)
     directory = locate(request.model, request.cache_dir, offline=request.offline)
+    before = vram.look() if request.device == "cuda" else None
     try:
         whisper, revision = _read(request, directory)
         loaded = Loaded(
@@ -150,15 +180,19 @@ def load(request: LoadModel) -> Loaded:
             load_s=time.monotonic() - began,
         )
         _warm_up(loaded, request.encoder)
+        loaded.holding = vram.settle(before) if before else None
     except (RuntimeError, ValueError, OSError, MemoryError, WeightsUnreadable) as error:
         raise _unusable(request.model, directory, request.device, request.compute_type, error) from error
     return loaded
 
 
 def _unusable(model: str, directory: str, device: str, compute_type: str, error: Exception) -> ModelUnusable:
+    what = f"cannot load the model {model} from {directory} on {device} as {compute_type}: {str(error) or type(error).__name__}"
+    if memory.is_out_of_memory(error):
+        room = f"; {vram.told(None)}" if device == "cuda" else ""
+        return ModelTooLarge(what + room, hint="free memory, or use fewer workers, a lighter compute type or a smaller model")
     return ModelUnusable(
-        f"cannot load the model {model} from {directory} on {device} as {compute_type}: {str(error) or type(error).__name__}",
-        hint="check engine.device and engine.compute_type; if files are damaged, remove the directory and let it be fetched again",
+        what, hint="check engine.device and engine.compute_type; if files are damaged, remove the directory and let it be fetched again"
     )
 
 
@@ -166,7 +200,7 @@ def _reader(directory: str, *, device: str, compute_type: str, intra_threads: in
     import ctranslate2
 
     return ctranslate2.models.Whisper(  # type: ignore[attr-defined]
-        directory, device=device, compute_type=compute_type, intra_threads=intra_threads
+        directory, device=device, device_index=cuda.DEVICE_INDEX, compute_type=compute_type, intra_threads=intra_threads
     )
 
 
@@ -191,7 +225,7 @@ def _read(request: LoadModel, directory: str) -> tuple[Any, str]:
         try:
             whisper.hf_tokenizer = Tokenizer.from_file(os.path.join(directory, "tokenizer.json"))
         except Exception as error:  # tokenizers raises nothing more special
-            raise ValueError(f"its tokenizer.json cannot be used: {error}") from error
+            raise RuntimeError(f"its tokenizer.json cannot be used: {error}") from error
         whisper.feat_kwargs = whisper._get_feature_kwargs(directory)
         whisper.feature_extractor = extractor = FeatureExtractor(**whisper.feat_kwargs)  # type: ignore[no-untyped-call]
         whisper.input_stride = 2
@@ -205,7 +239,11 @@ def _read(request: LoadModel, directory: str) -> tuple[Any, str]:
 
 
 def _warm_up(loaded: Loaded, encoder: str) -> None:
-    """On a GPU, one window of silence through the model: kernels are compiled, cuBLAS starts. On a CPU, the choice of the encoder."""
+    """On a GPU, one window of silence through the model: kernels are compiled, cuBLAS starts. On a CPU, the choice of the encoder.
+
+    A window of silence costs a CPU three times what the first job saves by it (0.144 s for 0.05 s, demo model): nothing but page
+    faults, which that job pays once.
+    """
     began = time.monotonic()
     if loaded.device == "cuda":
         _run_silence(loaded)
@@ -217,11 +255,15 @@ def _warm_up(loaded: Loaded, encoder: str) -> None:
 
 
 def _run_silence(loaded: Loaded) -> None:
+    """The first job's steps, with the options that it has when nothing else is set."""
     from ctranslate2 import StorageView  # type: ignore[attr-defined]
 
     model = loaded.whisper.model
     encoded = model.encode(StorageView.from_array(np.zeros((1, loaded.n_mels, FRAMES), dtype=np.float32)))
-    model.generate(encoded, [[loaded.whisper.hf_tokenizer.token_to_id("<|startoftranscript|>")]], beam_size=5, max_length=16)
+    if model.is_multilingual:
+        model.detect_language(encoded)
+    start = loaded.whisper.hf_tokenizer.token_to_id("<|startoftranscript|>")
+    model.generate(encoded, [[start]], beam_size=JobOptions().beam_size, max_length=16, return_scores=True, return_no_speech_prob=True)
 
 
 def _try_torch(loaded: Loaded) -> None:

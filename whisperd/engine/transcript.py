@@ -95,14 +95,14 @@ def drawn(result: Any, temperature: float) -> Drawn:
 
 
 def write(whisper: Any, tokenizer: Tokenizer, work: WindowWork, drawn: Drawn) -> bool:
-    """Append a pass to the attempt under way; whether more of the window is to be decoded."""
+    """Append a pass to the attempt under way; whether more of the window is to be decoded. Where the model fails, nothing is appended."""
     attempt = work.attempt
     start, end, _ = work.span
-    attempt.drawn.append(drawn)
     if drawn.no_speech_prob > NO_SPEECH_MIN and drawn.avg_logprob <= LOGPROB_MIN:
         attempt.seek = end
     else:
         attempt.seek = _segments(whisper, tokenizer, work, drawn)
+    attempt.drawn.append(drawn)
     if attempt.seek <= start or len(attempt.drawn) >= PASSES_MAX:
         attempt.seek = end
     if work.options.mode == "sequential":

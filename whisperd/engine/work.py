@@ -81,6 +81,8 @@ class WindowWork:
     prompted: bool = True  # the operator's prompt still holds (sequential mode loses it with the text before)
     last_speech_s: float = 0.0
     only_vote: bool = False
+    apart: bool = False  # decoded alone: a call that it shared failed
+    afresh: bool = False  # the model was loaded anew once for its sake: even alone it did not fit into memory
     language: Language = UNHEARD
     ways: list[Way] = field(default_factory=list)  # still to be tried
     attempt: Attempt = field(init=False)  # under way
