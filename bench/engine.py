@@ -17,7 +17,7 @@ from typing import Any
 from bench import clock_model
 from bench.measure import Failed, cpu_s
 from whisperd.child import Child
-from whisperd.dispatcher.optimiser import batch_of
+from whisperd.dispatcher.optimiser.values import Policy
 from whisperd.dispatcher.pool import environment
 from whisperd.vocabulary import JobOptions, Window
 from whisperd.wire import (
@@ -37,6 +37,7 @@ from whisperd.wire import (
 )
 
 PATIENCE_S = 60.0
+GPU_BATCH = 16
 
 
 @dataclass
@@ -109,26 +110,27 @@ class Engine:
         wait: bool = True,
     ) -> None:
         self.began = time.monotonic()
-        env = environment(state_dir, device)
+        usual = Policy()
+        request = LoadModel(
+            model=model,
+            device=device,
+            compute_type=compute_type,
+            gpu="",
+            cpu_threads=threads,
+            batch=batch or (usual.cpu_batch_first if device == "cpu" else GPU_BATCH),
+            encoder=encoder,
+            cache_dir="/nonexistent",
+            offline=True,
+            duration_max_s=86_400.0,
+            channels_max=32,
+            rate_max_hz=768_000,
+        )
+        env = environment(state_dir, request)
         self.child: Child[Any] = Child(name="engine", module="whisperd.engine", receives=EngineOut, now=self.began, env=env)
         self.counters = Counters()
         self.flying: dict[int, Job] = {}
         self.listener: Callable[[Message], None] = lambda message: None  # hears every frame
-        self.child.send(
-            LoadModel(
-                model=model,
-                device=device,
-                compute_type=compute_type,
-                cpu_threads=threads,
-                batch=batch_of(batch, device),
-                encoder=encoder,
-                cache_dir="/nonexistent",
-                offline=True,
-                duration_max_s=86_400.0,
-                channels_max=32,
-                rate_max_hz=768_000,
-            )
-        )
+        self.child.send(request)
         if not wait:  # only to be killed
             return
         self.ready = self._await_ready()

@@ -39,6 +39,7 @@ class House:
         os.mkdir(self._waiting)
         sections: dict[str, dict[str, object]] = {
             "engine": {"model": model, "device": "cpu", "compute_type": "int8", "cpu_threads": threads, "offline": True},
+            "dispatcher": {"workers": 1},  # as many as the contender has
             "transcription": {"mode": mode},
             "watcher": {"quiet_s": 0.1},
         }

@@ -14,15 +14,17 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from whisperd.config import InboxSettings, Settings, toml_value
+from whisperd.config import CardSettings, InboxSettings, QuietSettings, Settings, toml_value
 
 ROOT = Path(__file__).parent.parent
 
 
 def sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    """("", Settings), ("engine", EngineSettings), … in order of the model; [[inbox]] last."""
+    """("", Settings), ("engine", EngineSettings), … in order of the model; tables that may be repeated last."""
     yield "", Settings
     yield from _sections_of(Settings, "")
+    yield "[card]", CardSettings
+    yield "[quiet]", QuietSettings
     yield "[inbox]", InboxSettings
 
 
@@ -40,7 +42,7 @@ def _is_section(kind: Any) -> bool:
 def leaves(model: type[BaseModel]) -> Iterator[tuple[str, Any]]:
     """The settings of one section that are not sections themselves."""
     for name, field in model.model_fields.items():
-        if not _is_section(field.annotation) and not (model is Settings and name == "inbox"):
+        if not _is_section(field.annotation) and not (model is Settings and name in ("card", "quiet", "inbox")):
             yield name, field
 
 
@@ -108,7 +110,7 @@ def example() -> str:
     ]
     for name, model in sections():
         if name:
-            commented = "" if name in ("engine", "[inbox]") else "# " if "." in name else ""
+            commented = "# " if "." in name or name in ("[card]", "[quiet]") else ""
             out += ["", *_comment(_first_line(model)), f"{commented}[{name}]"]
         for key, field in leaves(model):
             out += ["", *_comment(field.description)]
@@ -129,9 +131,10 @@ def _comment(text: str) -> list[str]:
 
 
 def transitions() -> list[tuple[str, str, str]]:
-    """(verb, from, to) as the schema has them."""
-    schema = (ROOT / "whisperd/ledger/schema.sql").read_text("utf-8")
-    return re.findall(r"\('(\w+)',\s+'(\w*)',\s+'(\w+)',\s+\d\)", schema)
+    """(verb, from, to) as the schemas have them, oldest first."""
+    schemas = sorted((ROOT / "whisperd/ledger").glob("schema*.sql"))
+    text = "".join(path.read_text("utf-8") for path in schemas)
+    return re.findall(r"\('(\w+)',\s+'(\w*)',\s+'(\w+)',\s+\d\)", text)
 
 
 def state_diagram() -> str:
@@ -145,7 +148,7 @@ def state_diagram() -> str:
     return "\n".join([*lines, "```"])
 
 
-BEGIN, END = "<!-- states: generated from whisperd/ledger/schema.sql -->", "<!-- /states -->"
+BEGIN, END = "<!-- states: generated from whisperd/ledger/schema*.sql -->", "<!-- /states -->"
 
 
 def with_diagram(page: str) -> str:

@@ -26,6 +26,9 @@ Format = Literal["txt", "srt", "vtt", "tsv", "json"]
 Language = Annotated[str, Field(pattern=r"^(auto|[a-z]{2,3})$")]
 Mode = Literal["batched", "sequential", "short_windows"]
 Channels = Literal["mix", "speakers"]
+ComputeType = Literal["int8", "int8_float16", "int8_float32", "int8_bfloat16", "float16", "bfloat16", "float32"]
+Hour = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")]
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 
 RECORDINGS = tuple(
     f"*.{suffix}"
@@ -54,12 +57,15 @@ class EngineSettings(Section):
         "a few hundred spoken English words and is for trying whisperd out, nothing else.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs; auto takes a GPU when there is one.")
-    compute_type: Literal["auto", "int8", "int8_float16", "int8_float32", "int8_bfloat16", "float16", "bfloat16", "float32"] = Field(
+    compute_type: Literal["auto"] | ComputeType = Field(
         "auto", description="Precision of the model. auto: float16 on a GPU, int8 on a CPU."
     )
     cpu_threads: int = Field(0, ge=0, le=32, description="Threads of each engine process on a CPU; 0 shares the cores among the workers.")
     batch: int = Field(
-        0, ge=0, le=64, description="Windows of any files decoded together at most; 0: 4 on a CPU, 16 on a GPU. Text does not depend on it."
+        0,
+        ge=0,
+        le=64,
+        description="Windows of any files decoded together at most; 0: the optimiser finds out what pays. Text does not depend on it.",
     )
     encoder: Literal["auto", "ctranslate2", "torch"] = Field(
         "auto",
@@ -145,7 +151,31 @@ class BackoffSettings(Section):
 class DispatcherSettings(Section):
     """Worker processes and retries."""
 
-    workers: int = Field(1, ge=1, le=64, description="Engine processes. (The optimiser will choose this by itself.)")
+    workers: int = Field(
+        0, ge=0, le=64, description="Engine processes on each card (or on the CPU); 0: the optimiser finds out how many pay."
+    )
+    workers_max: int = Field(12, ge=1, le=64, description="The optimiser never runs more on one card.")
+    interval_s: float = Field(300.0, ge=10, description="How often a plan is made on history; trials are judged more often.")
+    dry_run: bool = Field(False, description="Plans are made and stored but not followed: one worker on each card.")
+    idle_s: float = Field(600.0, ge=10, description="Without work for this long, a card is left with `idle_workers`.")
+    idle_workers: int = Field(1, ge=0, le=1, description="Kept warm while idle: 1 answers at once, 0 uses no video memory at all.")
+    yield_to_others: bool = Field(
+        True, description="Another program on the same GPU gets its memory at once, down to no worker of ours; the work waits."
+    )
+    reserve_mib: int | None = Field(
+        None, ge=0, description="Memory of a card that is always left free; unset: 1.5 % of it, at least 256 MiB."
+    )
+    temperature_max_c: int | None = Field(
+        None, ge=40, le=110, description="Work on a GPU is reduced from this temperature on; unset: from one degree below its own slowdown."
+    )
+    compute_types: tuple[ComputeType, ...] = Field(
+        (), description="Precisions that the optimiser may choose among on a GPU, the preferred first; empty: engine.compute_type only."
+    )
+    cpu_fallback: bool = Field(
+        False, description="What does not fit into a GPU's memory even alone is transcribed on the CPU instead of waiting."
+    )
+    recycle_jobs: int = Field(0, ge=0, description="An engine that has finished so many files is replaced by a fresh one; 0: never.")
+    recycle_s: float = Field(0.0, ge=0, description="An engine of this age is replaced by a fresh one; 0: never.")
     attempts_max: int = Field(3, ge=1, le=20, description="Attempts before a file is set aside as failed.")
     stall_s: float = Field(900.0, ge=5, description="An engine that makes no progress for this long is killed; the file is tried again.")
     stop_grace_s: float = Field(8.0, ge=0, le=300, description="At a stop, engines have this long to reach the next boundary.")
@@ -205,6 +235,26 @@ class LogSettings(Section):
     level: Literal["TRACE", "DEBUG", "INFO", "SUCCESS", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
 
 
+class CardSettings(Section):
+    """Limits of one GPU. Repeat the table for more; a GPU that is not named has none but those of [dispatcher]."""
+
+    gpu: str = Field(..., min_length=1, description='UUID of the GPU as `nvidia-smi -L` prints it, "cpu", or "*" for all.')
+    use: bool = Field(True, description="Whether whisperd may use it at all.")
+    workers: int | None = Field(None, ge=0, le=64, description="Overrides dispatcher.workers.")
+    workers_max: int | None = Field(None, ge=0, le=64, description="Overrides dispatcher.workers_max.")
+    memory_max_mib: int | None = Field(None, ge=256, description="All workers on it together take no more.")
+
+
+class QuietSettings(Section):
+    """Hours in which GPUs are left to others. Repeat the table for more."""
+
+    begin: Hour = Field(..., description='From this time of day (local, "22:00")')
+    end: Hour = Field(..., description="to this one; earlier than `begin`: on the next day.")
+    days: tuple[Day, ...] = Field(("mon", "tue", "wed", "thu", "fri", "sat", "sun"), min_length=1, description="Days on which it begins.")
+    gpu: str = Field("*", min_length=1, description='UUID of the GPU, "cpu", or "*" for all.')
+    workers_max: int = Field(0, ge=0, le=64, description="Workers left in these hours.")
+
+
 class InboxSettings(Section):
     """One directory to watch. Repeat the table for more."""
 
@@ -213,6 +263,7 @@ class InboxSettings(Section):
     recursive: bool = Field(True, description="Also watch sub-directories; the outbox mirrors them.")
     events: Literal["auto", "native", "polling"] = Field("auto", description="auto: inotify on local disks, polling on network shares.")
     priority: Literal["urgent", "normal", "low"] = Field("normal", description="Class of everything dropped here.")
+    model: str | None = Field(None, min_length=1, description="Overrides engine.model for what is dropped here.")
     mode: Mode | None = Field(None, description="Overrides transcription.mode.")
     language: Language | None = Field(None, description="Overrides transcription.language.")
     task: Literal["transcribe", "translate"] | None = Field(None, description="Overrides transcription.task.")
@@ -247,6 +298,8 @@ class Settings(BaseSettings):
     outbox: OutboxSettings = Field(default_factory=OutboxSettings)
     health: HealthSettings = Field(default_factory=HealthSettings)
     log: LogSettings = Field(default_factory=LogSettings)
+    card: tuple[CardSettings, ...] = Field((), description="Limits of single GPUs.")
+    quiet: tuple[QuietSettings, ...] = Field((), description="Hours in which GPUs are left to others.")
     inbox: tuple[InboxSettings, ...] = Field((), description="The directories to watch.")
 
     @classmethod
@@ -293,10 +346,10 @@ class Settings(BaseSettings):
         return self
 
     def options(self, inbox: InboxSettings) -> JobOptions:
-        """What a file of this inbox asks for; frozen into its job when it settles."""
+        """What a file of this inbox asks for; frozen into its job when it settles. Model "auto" is whatever [engine] says when it runs."""
         asked = {**self.transcription.model_dump(), "formats": self.outbox.formats}
         own = {name: value for name, value in inbox.model_dump().items() if name in asked and value is not None}
-        return JobOptions(model=self.engine.model, **{**asked, **own})
+        return JobOptions(model=inbox.model or "auto", **{**asked, **own})
 
 
 def load(path: str) -> Settings:

@@ -88,6 +88,7 @@ class Daemon:
             post=self._post,
             tick=self._tick,
             beat=self._beat,
+            optimise=self._dispatcher.optimise,
             rescan=self._dispatcher.intake.scan_all,
             observe=self._observe,
             verdicts=self._verdicts,
@@ -139,7 +140,7 @@ class Daemon:
         intake, delivery = self._dispatcher.intake, self._dispatcher.delivery
         answered = all(inbox.down or inbox.keeper.usable for inbox in intake.inboxes.values())
         served = all(writer.keeper.usable for writer in delivery.writers.values())
-        return (answered and served and self._dispatcher.plan is not None) or time.time() - self._began > READY_AFTER_S
+        return (answered and served and self._dispatcher.planning.advice is not None) or time.time() - self._began > READY_AFTER_S
 
     def _end_when_drained(self) -> None:
         hopeless = self._dispatcher.hopeless()
@@ -248,6 +249,10 @@ class Daemon:
         failure = self._dispatcher.pool.blocked
         return "" if failure is None else f"{failure.what} ({failure.hint})"
 
+    def _model(self) -> str:
+        choice = self._dispatcher.planning.choice
+        return choice.reason if choice else ""
+
     def _say(self) -> None:
         """Tell the desk, when there is news."""
         said = {
@@ -256,7 +261,7 @@ class Daemon:
             "since": self._began,
             "blocked": self._blocked(),
             "outboxes_down": self._outboxes_down(),
-            "model": self._dispatcher.choice.reason if self._dispatcher.choice else "",
+            "model": self._model(),
             "engines": self._dispatcher.pool.told(),
             "batches": self._dispatcher.pool.counters.told(),
         }

@@ -38,6 +38,7 @@ class Loop:
             post=self.posted.put,
             tick=act("tick"),
             beat=act("beat"),
+            optimise=act("optimise"),
             rescan=act("rescan"),
             observe=lambda: self.seen,
             verdicts=self.verdicts.append,
@@ -66,7 +67,7 @@ def settings(tmp_path: Path) -> Settings:
 def test_one_list_holds_every_periodic_job(settings: Settings) -> None:
     """The list is complete, each job once, each with a sane interval; what is not in it does not happen periodically."""
     names = [job.name for job in Health(settings, Loop().acts()).jobs()]
-    assert names == ["tick", "beat", "judge", "rescan", "checkpoint", "retention", "backup"]
+    assert names == ["tick", "beat", "optimise", "judge", "rescan", "checkpoint", "retention", "backup"]
 
 
 def test_jobs_run_on_the_daemons_loop(settings: Settings) -> None:

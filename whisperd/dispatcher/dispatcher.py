@@ -1,7 +1,7 @@
 """dispatcher: the reconciling loop. Events wake it; it compares what is wanted with what is, and takes one step.
 
-Owns: the plan, who is claimed and sent to whom; what becomes of it then is `work`'s. Fails loudly: an exception here stops the daemon,
-since the ledger is the truth and systemd starts us again.
+Owns: who is claimed and sent to whom; the plan is `planning`'s, what becomes of a job then is `work`'s. Fails loudly: an exception here
+stops the daemon, since the ledger is the truth and systemd starts us again.
 """
 
 from __future__ import annotations
@@ -9,26 +9,30 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from typing import Any
 
 from loguru import logger
 
 from whisperd.child import Life
 from whisperd.config import Settings
-from whisperd.dispatcher import optimiser, queueing, resume, retry
+from whisperd.dispatcher import queueing, resume, retry
 from whisperd.dispatcher.delivery import Delivery
+from whisperd.dispatcher.engines import Engine, Task
 from whisperd.dispatcher.gauge import Gauge
 from whisperd.dispatcher.intake import Intake
 from whisperd.dispatcher.nursery import Nursery
-from whisperd.dispatcher.pool import Engine, Pool
+from whisperd.dispatcher.planning import Planning
+from whisperd.dispatcher.pool import Pool, Recycling
 from whisperd.dispatcher.staging import DIRECTORY
 from whisperd.dispatcher.work import Work
 from whisperd.errors import printable
 from whisperd.ledger.ledger import IllegalMove, LeaseLost, Ledger
-from whisperd.vocabulary import Failure, FailureKind, Plan, Sighting
-from whisperd.wire import BatchDone, Frame, LoadModel
+from whisperd.vocabulary import Failure, FailureKind, Sighting
+from whisperd.wire import BatchDone, Frame
 
 OUTBOX_REFUSALS_MAX = 3
+LOOK_S = 1.0  # while nobody has room, the queue is read only to see who waits
 
 
 class Dispatcher:
@@ -42,10 +46,10 @@ class Dispatcher:
         self._settings = settings
         self._wake_pending = False
         self._data_version = 0
+        self._turns = queueing.Turns()
+        self._looked_at = 0.0  # monotonic: when the queue was last read
         self.stopping = False
         self.steps = 0  # the loop's own progress, for the watchdog
-        self.plan: Plan | None = None
-        self.choice: optimiser.Choice | None = None
         os.makedirs(os.path.join(ledger.state_dir, DIRECTORY), exist_ok=True)
         nursery = Nursery(loop, on_end=self.wake)
         self.nursery = nursery
@@ -57,8 +61,9 @@ class Dispatcher:
             on_death=lambda engine, how: self.work.engine_died(engine, how, stopping=self.stopping),
             module=engine_module,
         )
+        self.planning = Planning(ledger, self.gauge, self.pool, settings)
         self.intake = Intake(nursery, ledger, on_opened=self._source_opened, on_lost=self._source_lost, on_news=self.wake)
-        self.work = Work(loop, ledger, self.pool, self.intake, settings.dispatcher, on_news=self.wake)
+        self.work = Work(loop, ledger, self.pool, self.intake, settings.dispatcher, free_mib=self.planning.free_mib, on_news=self.wake)
         self.delivery = Delivery(nursery, ledger, on_news=self.wake)
 
     # --- life ---
@@ -73,8 +78,13 @@ class Dispatcher:
         """Settings may change while running: inboxes come and go, engines are replaced when their model changed."""
         self._settings = settings
         self.work.settings = settings.dispatcher
+        self.planning.settings = settings
         self.pool.unload_idle_s = settings.engine.unload_idle_s
-        self.pool.rss_growth_max_mib = settings.engine.rss_growth_max_mib
+        self.pool.recycling = Recycling(
+            rss_growth_max_mib=settings.engine.rss_growth_max_mib,
+            jobs=settings.dispatcher.recycle_jobs,
+            age_s=settings.dispatcher.recycle_s,
+        )
         self.intake.apply(settings)
         self.delivery.apply(settings)
         self.wake()
@@ -85,6 +95,7 @@ class Dispatcher:
         now = time.monotonic()
         for engine in list(self.pool.engines.values()):
             self.pool.drain(engine, now)
+        self.planning.store_learned(time.time())
         self.intake.stop()
         self.gauge.stop()
         self.wake()
@@ -121,42 +132,17 @@ class Dispatcher:
         self.gauge.tick(now)
         self.intake.tick(now)
         self._follow_operator()
-        self._make_plan(now)
-        self.pool.step(self.plan.workers if self.plan else 0, now)
+        if self.planning.advice is None or self.pool.events:  # the first readings; memory ran out: the next look would be too late
+            self.planning.decide(time.time())
+        self.pool.step(self.planning.shares(), now, no_room=self.planning.no_room)
         self._stop_stalled(now)
         self._hand_out(now)
 
-    def _make_plan(self, now: float) -> None:
-        if not self.gauge.readings:
-            return
-        settings = self._settings
-        plan = optimiser.decide(workers=settings.dispatcher.workers, readings=self.gauge.readings)
-        if plan != self.plan:
-            self.plan = plan
-            self._ledger.record_plan(plan, time.time())
-            logger.bind(event="plan").info(f"plan: {plan.workers} worker{'s' if plan.workers != 1 else ''} ({plan.reason})")
-        hardware = optimiser.hardware_of(self.gauge.readings, cores=_cores(), memory_mib=_memory_mib())
-        choice = optimiser.choose(settings.engine.model, settings.engine.device, settings.engine.compute_type, hardware)
-        if choice != self.choice:
-            self.choice = choice
-            logger.bind(event="model").info(f"model: {choice.reason}")
-        self.pool.load(self._load_request(choice, plan), now)
-
-    def _load_request(self, choice: optimiser.Choice, plan: Plan) -> LoadModel:
-        engine = self._settings.engine
-        return LoadModel(
-            model=choice.model,
-            device=choice.device,
-            compute_type=choice.compute_type,
-            cpu_threads=engine.cpu_threads or max(1, _cores() // plan.workers),
-            batch=optimiser.batch_of(engine.batch, choice.device),
-            encoder=engine.encoder,
-            cache_dir=self._settings.cache_dir,
-            offline=engine.offline,
-            duration_max_s=engine.duration_max_s,
-            channels_max=engine.channels_max,
-            rate_max_hz=engine.rate_max_hz,
-        )
+    def optimise(self) -> None:
+        """Look at the cards and the queue, and let the plan follow; called by the scheduler every 2 s."""
+        if not self.stopping:
+            self.planning.decide(time.time())
+            self.wake()
 
     def _follow_operator(self) -> None:
         """The command line writes to the ledger as well: drop the work on jobs that are not ours any more."""
@@ -174,32 +160,52 @@ class Dispatcher:
         stall_s = self._settings.dispatcher.stall_s
         for engine in self.pool.working():
             if now - engine.moved_at > stall_s and engine.child.life is not Life.KILLING:
+                engine.stalled = True
                 self.pool.kill(engine, f"no progress for {stall_s:g} s", now)
 
     def _hand_out(self, now: float) -> None:
-        if not any(seat.free > 0 and not seat.suspect for seat in self.pool.seats()):
+        free_mib = self.planning.free_mib()
+        seats = self.pool.seats(free_mib)
+        open_seats = any(seat.free > 0 and not seat.suspect for seat in seats)
+        if not open_seats and now - self._looked_at < LOOK_S:
             return
-        wall = time.time()
-        ready = [row for row in self._ledger.ready(wall) if self.pool.of_job(row["id"]) is None]  # one cancelled may still be in hand
+        self._looked_at, wall = now, time.time()
+        ready = [self._with_model(row) for row in self._ledger.ready(wall) if self.pool.of_job(row["id"]) is None]  # one cancelled may be
         inboxes = self.intake.usable()
-        while (next_one := queueing.hand_out(ready, self.pool.seats(), wall, inboxes=inboxes)) is not None:
+        self.planning.quarantined = {
+            model for model in {seat.model for seat in seats} if queueing.wants_quarantine(ready, seats, inboxes=inboxes, model=model)
+        }
+        in_hand = Counter(task.inbox for engine in self.pool.engines.values() for task in engine.tasks.values())
+        while (
+            next_one := queueing.hand_out(ready, self.pool.seats(free_mib), wall, inboxes=inboxes, in_hand=in_hand, turns=self._turns)
+        ) is not None:
             row, seat = next_one
             ready.remove(row)
-            self._claim(self.pool.engines[seat.engine], row, now, wall)
+            if self._claim(self.pool.engines[seat.engine], row, now, wall):
+                self._turns.take(row, wall)
+                in_hand[row["inbox_id"]] += 1
 
-    def _claim(self, engine: Engine, row: dict[str, Any], now: float, wall: float) -> None:
+    def _with_model(self, row: dict[str, Any]) -> queueing.Row:
+        """The row with the model that it runs with."""
+        model = self._ledger.options(row).model
+        usual = self.planning.choice.model if self.planning.choice else ""
+        return {**row, "model": usual if model == "auto" else model}
+
+    def _claim(self, engine: Engine, row: queueing.Row, now: float, wall: float) -> bool:
+        """Whether it could be claimed: the operator may have been faster, and it is not ready any more."""
         job = row["id"]
         try:
             self._ledger.claim(job, engine.child.name, wall, lease_s=self.work.lease_s)
-        except IllegalMove:  # the operator was faster: it is not ready any more
-            return
+        except IllegalMove:
+            return False
         alone = queueing.suspect(row)
-        self.pool.assign(engine, job, now, suspect=alone)
+        self.pool.assign(engine, job, Task(inbox=row["inbox_id"], suspect=alone, long=queueing.is_long(row)), now)
         logger.bind(job=job, inbox=os.fsdecode(row["inbox_path"]), event="claimed", child=engine.child.name).info(
             f"job {job} started on {engine.child.name}, attempt {row['attempts'] + 1}{', alone' if alone else ''}: {printable(row['path'])}"
         )
         sighting = Sighting(**{name: row[name] for name in ("path", "dev", "inode", "size", "mtime_ns", "ctime_ns")})
         self.intake.open(row["inbox_id"], job, sighting)
+        return True
 
     # --- the source ---
 
@@ -282,11 +288,3 @@ class Dispatcher:
         if waiting and not self.pool.working() and self.intake.settled():
             return waiting
         return ""
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _memory_mib() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20

@@ -17,8 +17,9 @@ from loguru import logger
 from whisperd.child import blames_the_work, kernel_memory_kills
 from whisperd.config import DispatcherSettings
 from whisperd.dispatcher import retry
+from whisperd.dispatcher.engines import Engine
 from whisperd.dispatcher.intake import Intake
-from whisperd.dispatcher.pool import Engine, Pool
+from whisperd.dispatcher.pool import Pool
 from whisperd.dispatcher.staging import StagingFailed, stage
 from whisperd.errors import printable
 from whisperd.ledger.ledger import IllegalMove, LeaseLost, Ledger
@@ -27,6 +28,7 @@ from whisperd.wire import Abandoned, Finished, JobFailed, Message, Progress, Win
 
 PROGRESS_STORE_S = 2.0
 LEASES_RENEW_S = 5.0
+NEEDS_MORE_MIB = 64
 
 
 class Work:
@@ -40,9 +42,11 @@ class Work:
         intake: Intake,
         settings: DispatcherSettings,
         *,
+        free_mib: Callable[[], dict[str, int]],
         on_news: Callable[[], None],
     ) -> None:
         self._loop = loop
+        self._free_mib = free_mib
         self._ledger = ledger
         self._pool = pool
         self._intake = intake
@@ -201,7 +205,8 @@ class Work:
                     self._ledger.fail(job, child, failure, now, tail=tail)
                     log.bind(event="failed").error(f"job {job} failed: {failure.what}")
                 case retry.Retry(not_before=not_before):
-                    self._ledger.release(job, child, failure, now, not_before=not_before, tail=tail)
+                    needs_mib = self._needs_mib(engine, failure)
+                    self._ledger.release(job, child, failure, now, not_before=not_before, tail=tail, needs_mib=needs_mib)
                     log.bind(event="retry").warning(
                         f"job {job} attempt {row['attempts']} of {settings.attempts_max} failed: {failure.what}; "
                         f"again in {not_before - now:.0f} s"
@@ -211,6 +216,13 @@ class Work:
                     self._ledger.wait(job, child, failure, now, not_before=not_before)
                     log.bind(event="waits").warning(f"job {job} waits: {failure.what}; {failure.hint}")
         self._release(engine, job)
+
+    def _needs_mib(self, engine: Engine, failure: Failure) -> int | None:
+        """What a file that ran out of memory is known to need of its card: more than there was."""
+        free_mib = self._free_mib().get(engine.card)
+        if failure.code != "out_of_memory" or free_mib is None or engine.memory_mib is None:
+            return None
+        return engine.memory_mib + free_mib + NEEDS_MORE_MIB
 
     def _interrupted(self, engine: Engine, job: int, why: str) -> None:
         """Not the file's fault: ready again at once, the attempt given back."""
@@ -243,9 +255,8 @@ class Work:
         alone, so that an innocent one gets through and a guilty one is found out (docs/decisions/0002, 0009)."""
         row = self._ledger.job(job)
         code = engine.child.process.returncode
-        stopped_by_us = stopping or code == 0
-        killed_for_stall = bool(engine.child.killed_by_us) and not stopping
-        blamed = not stopped_by_us and blames_the_work(code, memory_ran_out=ran_out, killed_by_us=killed_for_stall)
+        stopped_by_us = stopping or code == 0 or (engine.asked_to_leave and not engine.stalled)
+        blamed = not stopped_by_us and blames_the_work(code, memory_ran_out=ran_out, killed_by_us=engine.stalled)
         if not sent or (not blamed and row["interruptions"] < retry.INTERRUPTIONS_MAX):
             self._interrupted(engine, job, f"{engine.child.name} {how}")
             return

@@ -22,6 +22,8 @@ from whisperd.health.heals import CoolDown
 
 Act = Callable[[], None]
 
+OPTIMISE_S = 2.0  # guards look this often; plans are made every dispatcher.interval_s
+
 
 @dataclass(frozen=True)
 class Acts:
@@ -30,6 +32,7 @@ class Acts:
     post: Callable[[Act], None]  # run this on the daemon's loop
     tick: Act
     beat: Act
+    optimise: Act
     rescan: Act
     observe: Callable[[], Observation]
     verdicts: Callable[[dict[str, str | None]], None]  # store and tell
@@ -68,6 +71,7 @@ class Health:
         return [
             Periodic("tick", 1.0, lambda: acts.post(acts.tick)),
             Periodic("beat", 2.0, lambda: acts.post(acts.beat)),
+            Periodic("optimise", OPTIMISE_S, lambda: acts.post(acts.optimise)),
             Periodic("judge", limits.judge_s, lambda: acts.post(self.judge)),
             Periodic("rescan", self._settings.watcher.rescan_s, lambda: acts.post(acts.rescan)),
             Periodic("checkpoint", limits.checkpoint_s, lambda: acts.post(acts.checkpoint)),

@@ -1,15 +1,11 @@
-"""optimiser: the plan, and why. Pure.
-
-For now the number of workers is the operator's; the adaptive optimiser (OPTIMISER.md) will make the same `Plan` from history.
-Also here: what "auto" means for model, device and precision on this hardware.
-"""
+"""choice: what "auto" means for model, device and precision on this hardware. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from whisperd.vocabulary import Plan, Reading
+from whisperd.vocabulary import Reading
 
 
 class Hardware(NamedTuple):
@@ -59,14 +55,3 @@ def _for_cpu(compute_type: str, hardware: Hardware) -> Choice:
     large_enough = hardware.cores >= 4 and hardware.memory_mib >= 6_000
     name = "small" if large_enough else "base"
     return Choice(name, "cpu", compute_type, f"{name}: no GPU, {hardware.cores} cores, {hardware.memory_mib} MiB of memory")
-
-
-def batch_of(batch: int, device: str) -> int:
-    """Windows decoded together at most: as configured, or what pays on such a device (ENGINE.md §b)."""
-    return batch or (4 if device == "cpu" else 16)
-
-
-def decide(*, workers: int, readings: Sequence[Reading]) -> Plan:
-    """The plan for now: as many workers as the operator set."""
-    seen = "; ".join(reading.what for reading in readings) or "the GPU probe has not answered yet"
-    return Plan(workers=workers, reason=f"dispatcher.workers = {workers}; {seen}")
