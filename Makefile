@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/whisperd demo
 
 test: $(VENV)/.installed-dev lint
-	./scripts/debian-packages espeak-ng ffmpeg systemd dbus iproute2
+	./scripts/debian-packages espeak-ng ffmpeg systemd dbus iproute2 gcc libc6-dev
 	$(VENV)/bin/python -m pytest
 
 bench: $(VENV)/.installed-bench

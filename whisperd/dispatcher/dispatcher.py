@@ -45,6 +45,7 @@ class Dispatcher:
         self._ledger = ledger
         self._settings = settings
         self._wake_pending = False
+        self._decide_now = False
         self._data_version = 0
         self._turns = queueing.Turns()
         self._looked_at = 0.0  # monotonic: when the queue was last read
@@ -53,7 +54,7 @@ class Dispatcher:
         os.makedirs(os.path.join(ledger.state_dir, DIRECTORY), exist_ok=True)
         nursery = Nursery(loop, on_end=self.wake)
         self.nursery = nursery
-        self.gauge = Gauge(nursery, ledger, on_change=self.wake)
+        self.gauge = Gauge(nursery, ledger, on_change=self._cards_changed)
         self.pool = Pool(
             nursery,
             ledger.state_dir,
@@ -63,7 +64,7 @@ class Dispatcher:
         )
         self.planning = Planning(ledger, self.gauge, self.pool, settings)
         self.intake = Intake(nursery, ledger, on_opened=self._source_opened, on_lost=self._source_lost, on_news=self.wake)
-        self.work = Work(loop, ledger, self.pool, self.intake, settings.dispatcher, free_mib=self.planning.free_mib, on_news=self.wake)
+        self.work = Work(loop, ledger, self.pool, self.intake, settings.dispatcher, memory=self.planning.memory, on_news=self.wake)
         self.delivery = Delivery(nursery, ledger, on_news=self.wake)
 
     # --- life ---
@@ -120,6 +121,10 @@ class Dispatcher:
             self._wake_pending = True
             self._loop.call_soon(self._step)
 
+    def _cards_changed(self) -> None:
+        self._decide_now = True
+        self.wake()
+
     def _step(self) -> None:
         self._wake_pending = False
         self.steps += 1
@@ -132,7 +137,8 @@ class Dispatcher:
         self.gauge.tick(now)
         self.intake.tick(now)
         self._follow_operator()
-        if self.planning.advice is None or self.pool.events:  # the first readings; memory ran out: the next look would be too late
+        if self._decide_now or self.planning.advice is None or self.pool.events:  # a card was lost, memory ran out: not at the next look
+            self._decide_now = False
             self.planning.decide(time.time())
         self.pool.step(self.planning.shares(), now, no_room=self.planning.no_room)
         self._stop_stalled(now)
@@ -164,21 +170,30 @@ class Dispatcher:
                 self.pool.kill(engine, f"no progress for {stall_s:g} s", now)
 
     def _hand_out(self, now: float) -> None:
-        free_mib = self.planning.free_mib()
-        seats = self.pool.seats(free_mib)
-        open_seats = any(seat.free > 0 and not seat.suspect for seat in seats)
-        if not open_seats and now - self._looked_at < LOOK_S:
+        seats = self._seats()
+        if not any(seat.free > 0 and not seat.suspect for seat in seats) and now - self._looked_at < LOOK_S:
             return
         self._looked_at, wall = now, time.time()
         ready = [self._with_model(row) for row in self._ledger.ready(wall) if self.pool.of_job(row["id"]) is None]  # one cancelled may be
         inboxes = self.intake.usable()
-        self.planning.quarantined = {
-            model for model in {seat.model for seat in seats} if queueing.wants_quarantine(ready, seats, inboxes=inboxes, model=model)
-        }
+        models = {seat.model for seat in seats}
+        self.planning.quarantined = {model for model in models if queueing.wants_quarantine(ready, seats, inboxes=inboxes, model=model)}
+        stranded = self.planning.strand(ready)
+        self._hand_out_among([row for row in ready if row["id"] not in stranded], inboxes, now, wall, fallback=False)
+        if stranded:
+            self._hand_out_among([row for row in ready if row["id"] in stranded], inboxes, now, wall, fallback=True)
+
+    def _seats(self) -> list[queueing.Seat]:
+        return self.pool.seats({card: memory.free_mib for card, memory in self.planning.memory().items()})
+
+    def _hand_out_among(self, ready: list[queueing.Row], inboxes: set[int], now: float, wall: float, *, fallback: bool) -> None:
+        """Claim while there is a place. `fallback`: the CPU's places beside the GPUs', which are for such jobs only."""
         in_hand = Counter(task.inbox for engine in self.pool.engines.values() for task in engine.tasks.values())
-        while (
-            next_one := queueing.hand_out(ready, self.pool.seats(free_mib), wall, inboxes=inboxes, in_hand=in_hand, turns=self._turns)
-        ) is not None:
+        while True:
+            seats = [seat for seat in self._seats() if self.planning.is_fallback(self.pool.engines[seat.engine].card) == fallback]
+            next_one = queueing.hand_out(ready, seats, wall, inboxes=inboxes, in_hand=in_hand, turns=self._turns)
+            if next_one is None:
+                return
             row, seat = next_one
             ready.remove(row)
             if self._claim(self.pool.engines[seat.engine], row, now, wall):
@@ -261,7 +276,7 @@ class Dispatcher:
         for descriptor in frame.descriptors:  # engines send none; what parsed hostile media may try
             os.close(descriptor)
         if isinstance(frame.message, BatchDone) and engine.ready is not None:
-            self.gauge.learn_peak(engine.ready, frame.message)
+            self.gauge.learn_peak(engine.card, engine.ready, frame.message)
         self.work.engine_said(engine, frame.message)
 
     # --- draining (`run --once`) ---

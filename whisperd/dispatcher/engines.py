@@ -28,6 +28,13 @@ class Share(NamedTuple):
         return card_of(self.request)
 
 
+class Memory(NamedTuple):
+    """A card's memory now."""
+
+    free_mib: int
+    total_mib: int
+
+
 def card_of(request: LoadModel) -> str:
     """The card that an engine runs on: a GPU's UUID, or "cpu"."""
     return request.gpu or values.CPU
@@ -65,7 +72,10 @@ class Engine:
     finished_at: float = 0.0  # epoch: when it last finished a job
     batches: int = 0
     working_mib: int = 0  # the most memory it had in its first batches
-    memory_mib: int | None = None  # what it holds of its card's memory
+    memory_mib: int | None = None  # what it holds of its card's memory, by its own word
+    told_at: float = 0.0  # monotonic: when that changed
+    told_before_mib: int | None = None
+    seen_mib: int | None = None  # what it held when its card was looked at
     audio_s: float = 0.0  # finished in its life
     jobs_done: int = 0
     unloading: bool = False  # asked to give its model's memory back, and no work since
@@ -88,16 +98,27 @@ class Engine:
     def seat(self, free_mib: int | None) -> Seat:
         """Its place in the queue's eyes. `free_mib` is what its card has left."""
         tasks = self.tasks.values()
+        held_mib = self.memory_mib if self.seen_mib is None else self.seen_mib
         return Seat(
             engine=self.child.pid,
             tasks=len(tasks),
             free=(self.slots if self.serves else 0) - len(tasks),
             suspect=any(task.suspect for task in tasks),
             model=self.request.model,
-            room_mib=None if free_mib is None or self.memory_mib is None else free_mib + self.memory_mib,
+            room_mib=None if free_mib is None or held_mib is None else free_mib + held_mib,
             long=sum(task.long for task in tasks),
             quarantine=self.quarantine,
         )
+
+    def tell_memory(self, mib: int | None, now: float) -> None:
+        if mib is not None and mib != self.memory_mib:
+            self.told_before_mib, self.memory_mib, self.told_at = self.memory_mib, mib, now
+
+    def see_memory(self, by_driver_mib: int | None, looked_at: float) -> None:
+        """Where the driver tells what a process of ours holds, that is what it holds; else its own word, as it stood at that look: a figure
+        newer than the card's would make the difference look like somebody else's."""
+        own = self.memory_mib if self.told_at <= looked_at else self.told_before_mib
+        self.seen_mib = own if by_driver_mib is None else by_driver_mib
 
     def note_hunger(self) -> None:
         """Each recording offers several windows at once, so half as many of them as a batch holds fill it."""
@@ -114,7 +135,7 @@ class Engine:
             compute_type=self.request.compute_type,
             batch=self.request.batch,
             life=_life(self),
-            memory_mib=self.memory_mib,
+            memory_mib=self.seen_mib,
             audio_s=self.audio_s,
             jobs=len(self.tasks),
             jobs_done=self.jobs_done,

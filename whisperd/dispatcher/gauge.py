@@ -17,6 +17,7 @@ from loguru import logger
 
 from whisperd.child import Child, Life
 from whisperd.dispatcher import xid
+from whisperd.dispatcher.engines import Memory
 from whisperd.dispatcher.minutes import Minutes
 from whisperd.dispatcher.nursery import Keeper, Nursery
 from whisperd.ledger.ledger import Ledger
@@ -78,6 +79,7 @@ class Gauge:
         self._peaks_mib: dict[tuple[str, str, int, int, int], int] = {}  # by model, precision and the shape of a batch
         self.readings: tuple[Reading, ...] = ()
         self.looks = 0
+        self.looked_at = 0.0  # monotonic: when the newest look came
         self.keeper = Keeper(
             nursery,
             name="probe",
@@ -115,30 +117,30 @@ class Gauge:
         """Every look of the last quarter of an hour, as they came."""
         return tuple(self._rings.get(gpu, ()))
 
-    def note(self, gpu: str, *, workers: int, batch: int, own_mib: int | None, audio_s: float) -> None:
-        """What our workers on a card ("cpu" as well) do now, about every 2 s; `audio_s` is the sum over those alive."""
-        self._minutes.note(gpu, workers=workers, batch=batch, own_mib=own_mib, audio_s=audio_s)
+    def note(self, gpu: str, *, workers: int, batch: int, own_mib: int | None, audio_s: float, memory: Memory | None = None) -> None:
+        """What our workers on a card do now, about every 2 s; `audio_s` is what they ever finished there, `memory` that of the CPU."""
+        self._minutes.note(gpu, workers=workers, batch=batch, own_mib=own_mib, audio_s=audio_s, memory=memory)
 
     def minutes(self, now: float) -> tuple[CardMinute, ...]:
         """The minute that is over at `now` (epoch), once."""
         return self._minutes.take(now)
 
-    def learn_peak(self, engine: EngineReady, batch: BatchDone) -> None:
-        """The peak of each shape of a batch on the (first) GPU, for whoever plans what fits."""
-        card = next((reading for reading in self.readings if reading.status == "ok"), None)
+    def learn_peak(self, card: str, engine: EngineReady, batch: BatchDone) -> None:
+        """The most that one process held of a GPU for each shape of a batch, for whoever plans what fits."""
+        reading = next((reading for reading in self.readings if reading.gpu == card and reading.status == "ok"), None)
         shape = (engine.model, engine.compute_type, batch.windows, batch.beam, batch.frames)
-        if card is None or batch.vram_used_mib is None or batch.vram_used_mib <= self._peaks_mib.get(shape, 0):
+        if reading is None or batch.vram_mib is None or batch.vram_mib <= self._peaks_mib.get(shape, 0):
             return
-        self._peaks_mib[shape] = batch.vram_used_mib
+        self._peaks_mib[shape] = batch.vram_mib
         self._ledger.record_vram_peak(
-            gpu=card.gpu,
-            driver=card.driver,
+            gpu=reading.gpu,
+            driver=reading.driver,
             model=engine.model,
             compute_type=engine.compute_type,
             batch=batch.windows,
             beam=batch.beam,
             frames=batch.frames,
-            peak_mib=batch.vram_used_mib,
+            peak_mib=batch.vram_mib,
             now=time.time(),
         )
 
@@ -185,6 +187,7 @@ class Gauge:
             return
         child.ready(time.monotonic()) if child.life is Life.BOOTING else None
         self.looks += 1
+        self.looked_at = time.monotonic()
         self._silence_s = self._child_silence_s = 0.0
         self._spoke = child
         readings = frame.message.readings

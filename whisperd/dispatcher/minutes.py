@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from whisperd.dispatcher.engines import Memory
 from whisperd.vocabulary import CardMinute, Reading
 
 MINUTE_S = 60.0
@@ -20,6 +21,7 @@ class Note(NamedTuple):
     batch: int
     own_mib: int | None
     audio_s: float
+    memory: Memory | None = None  # of a card that no reading tells of
 
 
 class Minutes:
@@ -38,11 +40,11 @@ class Minutes:
             if reading.gpu:
                 self._readings.setdefault(reading.gpu, []).append(reading)
 
-    def note(self, gpu: str, *, workers: int, batch: int, own_mib: int | None, audio_s: float) -> None:
-        """`audio_s` is the sum over the workers alive: it falls when one ends, and what that one did since is not counted."""
+    def note(self, gpu: str, *, workers: int, batch: int, own_mib: int | None, audio_s: float, memory: Memory | None = None) -> None:
+        """`audio_s` is cumulative; should it fall, nothing is counted."""
         before = self._audio_s.get(gpu, audio_s)
         self._audio_s[gpu] = audio_s
-        self._notes.setdefault(gpu, []).append(Note(workers, batch, own_mib, max(0.0, audio_s - before)))
+        self._notes.setdefault(gpu, []).append(Note(workers, batch, own_mib, max(0.0, audio_s - before), memory))
 
     def take(self, now: float) -> tuple[CardMinute, ...]:
         """The minute that is over at `now` (epoch), once; () while it is not."""
@@ -63,14 +65,16 @@ class Minutes:
 def roll_up(gpu: str, end_at: float, readings: Sequence[Reading], notes: Sequence[Note], *, sample_s: float) -> CardMinute:
     """One minute of one card. A figure that nobody knew in it is None."""
     good = [reading for reading in readings if reading.status == "ok"]
-    totals = [reading.vram_total_mib for reading in good if reading.vram_total_mib is not None]
+    noted = [note.memory for note in notes if note.memory is not None]
+    totals = [reading.vram_total_mib for reading in good if reading.vram_total_mib is not None] + [one.total_mib for one in noted]
     used = [reading.vram_used_mib for reading in good if reading.vram_used_mib is not None]
+    used += [one.total_mib - one.free_mib for one in noted]
     heat = [reading.temperature_c for reading in good if reading.temperature_c is not None]
     own = [note.own_mib for note in notes if note.own_mib is not None]
     return CardMinute(
         gpu=gpu,
         at=end_at,
-        samples=len(good),
+        samples=len(good) or len(noted),
         memory_total_mib=max(totals, default=None),
         memory_used_min_mib=min(used, default=None),
         memory_used_max_mib=max(used, default=None),

@@ -74,10 +74,11 @@ class Card:
         self.name = self._figure("name", lambda: _text(self._ask("nvmlDeviceGetName"))) or "GPU"
         self.pci = self._quiet(lambda: xid.pci_address(_text(self._ask("nvmlDeviceGetPciInfo").busId)))
 
-    def read(self, mps: bool) -> Reading:
+    def read(self, mps: bool | None) -> Reading:
         """All its figures. Raises NVMLError when the GPU does not answer at all."""
         self._unsupported.clear()
         total_mib, used_mib = self._memory()
+        clients = self._quiet(lambda: list(self._ask("nvmlDeviceGetMPSComputeRunningProcesses"))) or []
         reading = Reading(
             gpu=self.uuid,
             status="ok",
@@ -97,8 +98,8 @@ class Card:
             ),
             throttled=self._throttled(),
             mig=self._mig(),
-            mps=mps,
-            processes=self._processes(mps),
+            mps=True if clients else mps,
+            processes=self._processes(clients),
         )
         return msgspec.structs.replace(reading, unsupported=tuple(sorted(self._unsupported)), **self._needs_reset())
 
@@ -173,12 +174,12 @@ class Card:
 
         return self._quiet(mode)
 
-    def _processes(self, mps: bool) -> tuple[GpuProcess, ...] | None:
+    def _processes(self, clients: list[Any]) -> tuple[GpuProcess, ...] | None:
+        """`clients` are those of MPS, which are listed apart."""
         listed = self._figure("processes", lambda: list(self._ask("nvmlDeviceGetComputeRunningProcesses")))
         if listed is None:
             return None
-        if mps:
-            listed += self._quiet(lambda: list(self._ask("nvmlDeviceGetMPSComputeRunningProcesses"))) or []
+        listed += clients
         found = {int(one.pid): None if one.usedGpuMemory is None else int(one.usedGpuMemory) >> 20 for one in listed}
         return tuple(GpuProcess(pid=pid, vram_mib=mib) for pid, mib in sorted(found.items()))
 

@@ -6,7 +6,7 @@ Owns: the optimiser's state, the plan in force, learned tables and plans in the 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import msgspec
@@ -14,16 +14,19 @@ from loguru import logger
 
 from whisperd.config import Settings
 from whisperd.dispatcher import choice, limits, machine, optimiser, reaction
-from whisperd.dispatcher.engines import Engine, Share
+from whisperd.dispatcher.engines import Engine, Memory, Share
 from whisperd.dispatcher.gauge import Gauge
 from whisperd.dispatcher.optimiser import values
 from whisperd.dispatcher.optimiser.values import CPU, Advice, CardPlan
 from whisperd.dispatcher.pool import Pool
+from whisperd.dispatcher.queueing import Row
 from whisperd.ledger.ledger import Ledger
 from whisperd.vocabulary import Plan, Reading
 from whisperd.wire import LoadModel
 
 LEARNED_STORE_S = 300.0
+STRANDED_S = 60.0
+CPU_COMPUTE_TYPE = "int8"
 UNHEARD = reaction.Standing("unknown", "the GPU probe has not told of it yet")
 
 
@@ -44,6 +47,8 @@ class Planning:
         self.choice: choice.Choice | None = None
         self.advice: Advice | None = None
         self.plan: Plan | None = None
+        self._usable_at = 0.0  # when a card was good for anything last
+        self.stranded: set[str] = set()  # models of jobs that only the CPU can run
         self.quarantined: set[str] = set()  # models of which suspects wait: an engine of their own is wanted
 
     # --- deciding ---
@@ -60,6 +65,8 @@ class Planning:
         if self._state is None:
             self._state = optimiser.start(policy, self._learned())
         seen = self._observe()
+        if not self._usable_at or any(card.usable in ("ok", "suspect", "frozen") for card in seen.cards):
+            self._usable_at = self._now
         self._state, advice = optimiser.decide(self._state, seen, policy)
         self._follow(advice, seen, wall)
 
@@ -72,6 +79,7 @@ class Planning:
         if changed or wall - self._learned_at >= LEARNED_STORE_S:
             self.store_learned(wall)
         for card in seen.cards:
+            of_cpu = card.gpu == CPU and card.memory_free_mib is not None and card.memory_total_mib is not None
             staying = [worker for worker in card.workers if worker.life != "draining"]
             self._gauge.note(
                 card.gpu,
@@ -79,6 +87,7 @@ class Planning:
                 batch=max((worker.batch for worker in staying), default=0),
                 own_mib=sum(worker.memory_mib or 0 for worker in card.workers),
                 audio_s=self._pool.audio_s[card.gpu],
+                memory=Memory(card.memory_free_mib or 0, card.memory_total_mib or 0) if of_cpu else None,
             )
 
     def _store(self, advice: Advice, wall: float) -> None:
@@ -143,6 +152,8 @@ class Planning:
         return tuple(waiting)
 
     def _cpu(self, engines: list[Engine]) -> values.Card:
+        for engine in engines:
+            engine.see_memory(None, time.monotonic())
         return values.Card(
             gpu=CPU,
             memory_total_mib=machine.memory_total_mib(),
@@ -168,7 +179,9 @@ class Planning:
         seen = found if found is not None and found.status == "ok" else None
         if standing.usable == "lost":
             self._pool.kill_card(known.gpu, standing.why, time.monotonic())
-        _corroborate(engines, seen)
+        by_driver = {process.pid: process.vram_mib for process in (seen.processes if seen and seen.processes else ())}
+        for engine in engines:
+            engine.see_memory(by_driver.get(engine.child.pid) or None, self._gauge.looked_at)  # in a container it may be told as 0
         free_mib = None
         if seen is not None and seen.vram_total_mib is not None and seen.vram_used_mib is not None:
             free_mib = seen.vram_total_mib - seen.vram_used_mib
@@ -208,7 +221,31 @@ class Planning:
             shares.append(Share(self._request(card), workers, quarantine=workers > 0 and card.model in alone))
             if workers:
                 alone.discard(card.model)
-        return shares
+        return [*shares, *self._fallback_shares()]
+
+    def _fallback_shares(self) -> list[Share]:
+        """The CPU beside the GPUs, for what cannot run on them (`dispatcher.cpu_fallback`)."""
+        batch = limits.policy_of(self.settings, "").cpu_batch_first
+        plans = [CardPlan(gpu=CPU, model=model, compute_type=CPU_COMPUTE_TYPE, batch=batch, workers=1) for model in sorted(self.stranded)]
+        return [Share(self._request(plan), plan.workers) for plan in plans]
+
+    def is_fallback(self, card: str) -> bool:
+        """Whether this is the CPU beside the GPUs."""
+        return card == CPU and self.choice is not None and self.choice.device == "cuda"
+
+    def strand(self, ready: Sequence[Row]) -> set[int]:
+        """Which of these jobs only the CPU can run: they need more memory than any card has, or no card has been usable for a while.
+
+        Their models are kept, so that `shares` has an engine for them; () without `dispatcher.cpu_fallback`.
+        """
+        self.stranded = set()
+        if not self.settings.dispatcher.cpu_fallback or self.choice is None or self.choice.device != "cuda":
+            return set()
+        largest_mib = max((card.vram_total_mib or 0 for card in self._cards.values()), default=0)
+        no_card = bool(self._now) and self._now - self._usable_at >= STRANDED_S
+        left = [row for row in ready if no_card or (row["needs_mib"] or 0) > largest_mib]
+        self.stranded = {row["model"] for row in left}
+        return {row["id"] for row in left}
 
     def _request(self, card: CardPlan) -> LoadModel:
         engine, on_cpu = self.settings.engine, card.gpu == CPU
@@ -227,10 +264,10 @@ class Planning:
             rate_max_hz=engine.rate_max_hz,
         )
 
-    def free_mib(self) -> dict[str, int]:
-        """What is left of each card's memory, where that is known."""
+    def memory(self) -> dict[str, Memory]:
+        """Of each GPU, where it is known."""
         return {
-            found.gpu: found.vram_total_mib - found.vram_used_mib
+            found.gpu: Memory(free_mib=found.vram_total_mib - found.vram_used_mib, total_mib=found.vram_total_mib)
             for found in self._gauge.readings
             if found.gpu and found.vram_total_mib is not None and found.vram_used_mib is not None
         }
@@ -243,17 +280,10 @@ class Planning:
         if found is None or found.status != "ok":
             return f"{request.gpu} cannot be read now" if found is None else found.what
         need_mib = optimiser.start_need_mib(self._state, request.gpu, request.model, request.compute_type, request.batch)
-        free_mib = self.free_mib().get(request.gpu)
-        if need_mib is None or free_mib is None or free_mib >= need_mib:
+        memory = self.memory().get(request.gpu)
+        if need_mib is None or memory is None or memory.free_mib >= need_mib:
             return ""
-        return f"{free_mib} MiB are free, it needs {need_mib}"
-
-
-def _corroborate(engines: list[Engine], seen: Reading | None) -> None:
-    """Where the driver tells what a process of ours holds, that is what it holds; where it does not, its own word stands."""
-    told = {process.pid: process.vram_mib for process in (seen.processes if seen and seen.processes else ()) if process.vram_mib}
-    for engine in engines:
-        engine.memory_mib = told.get(engine.child.pid, engine.memory_mib)
+        return f"{memory.free_mib} MiB are free, it needs {need_mib}"
 
 
 def describe(cards: tuple[CardPlan, ...]) -> str:

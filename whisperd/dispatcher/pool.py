@@ -351,7 +351,7 @@ class Pool:
             self._tell("load_out_of_memory", engine)
 
     def _note_memory(self, engine: Engine, rss_mib: int, vram_mib: int | None) -> None:
-        engine.memory_mib = rss_mib if engine.card == CPU else vram_mib if vram_mib is not None else engine.memory_mib
+        engine.tell_memory(rss_mib if engine.card == CPU else vram_mib, time.monotonic())
 
     def _out_of_memory(self, engine: Engine, event: OutOfMemory) -> None:
         self.counters = replace(self.counters, out_of_memory=self.counters.out_of_memory + 1)

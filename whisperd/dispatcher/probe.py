@@ -124,7 +124,7 @@ class Probe:
         self._retry = Pause(RETRY_LOOKS_MAX)
         self._reopen = Pause(REOPEN_LOOKS_MAX)
         self._looks = 0
-        self._mps = False
+        self._mps: bool | None = None
 
     @property
     def outdated(self) -> bool:
@@ -217,17 +217,17 @@ def _failed(uuid: str, name: str, error: Any, driver: str) -> Reading:
     return Reading(gpu=uuid, status=status, what=f"{name}: {what}", name=name, driver=driver)
 
 
-def mps_runs() -> bool:
-    """Whether an MPS server or its control daemon lives on this machine (the kernel keeps 15 letters of a name)."""
+def mps_runs() -> bool | None:
+    """Whether an MPS server or its control daemon lives on this machine; None where the processes of others are hidden from us."""
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
                 with open(f"/proc/{entry}/comm", encoding="utf-8", errors="replace") as name:
-                    if name.read().startswith("nvidia-cuda-mps"):
+                    if name.read().startswith("nvidia-cuda-mps"):  # the kernel keeps 15 letters of a name
                         return True
             except OSError:  # it ended meanwhile
                 continue
-    return False
+    return False if os.path.exists("/proc/1") and not in_container() else None
 
 
 def serve(channel: Channel[ProbeIn], look: Look, outdated: Callable[[], bool]) -> None:

@@ -10,14 +10,15 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import msgspec
 from loguru import logger
 
 from whisperd.child import blames_the_work, kernel_memory_kills
 from whisperd.config import DispatcherSettings
 from whisperd.dispatcher import retry
-from whisperd.dispatcher.engines import Engine
+from whisperd.dispatcher.engines import Engine, Memory
 from whisperd.dispatcher.intake import Intake
 from whisperd.dispatcher.pool import Pool
 from whisperd.dispatcher.staging import StagingFailed, stage
@@ -29,6 +30,7 @@ from whisperd.wire import Abandoned, Finished, JobFailed, Message, Progress, Win
 PROGRESS_STORE_S = 2.0
 LEASES_RENEW_S = 5.0
 NEEDS_MORE_MIB = 64
+ALL_OF_A_CARD = 0.9  # the rest is the driver's
 
 
 class Work:
@@ -42,11 +44,11 @@ class Work:
         intake: Intake,
         settings: DispatcherSettings,
         *,
-        free_mib: Callable[[], dict[str, int]],
+        memory: Callable[[], Mapping[str, Memory]],
         on_news: Callable[[], None],
     ) -> None:
         self._loop = loop
-        self._free_mib = free_mib
+        self._memory = memory
         self._ledger = ledger
         self._pool = pool
         self._intake = intake
@@ -190,6 +192,9 @@ class Work:
             log.bind(event="changed").info(f"job {job}: {failure.what}")
         else:
             backoff = retry.Backoff(**settings.backoff.model_dump())
+            needs_mib, had_all = self._ran_out(engine, failure)
+            if not had_all:  # others hold the card's memory: that is not the file's fault
+                failure = msgspec.structs.replace(failure, kind=FailureKind.WAITING)
             verdict = retry.after_failure(
                 failure,
                 attempts=row["attempts"],
@@ -205,7 +210,6 @@ class Work:
                     self._ledger.fail(job, child, failure, now, tail=tail)
                     log.bind(event="failed").error(f"job {job} failed: {failure.what}")
                 case retry.Retry(not_before=not_before):
-                    needs_mib = self._needs_mib(engine, failure)
                     self._ledger.release(job, child, failure, now, not_before=not_before, tail=tail, needs_mib=needs_mib)
                     log.bind(event="retry").warning(
                         f"job {job} attempt {row['attempts']} of {settings.attempts_max} failed: {failure.what}; "
@@ -213,16 +217,18 @@ class Work:
                     )
                     self._loop.call_later(max(0.0, not_before - now) + 0.01, self._on_news)
                 case retry.Wait(not_before=not_before):
-                    self._ledger.wait(job, child, failure, now, not_before=not_before)
+                    self._ledger.wait(job, child, failure, now, not_before=not_before, needs_mib=needs_mib)
                     log.bind(event="waits").warning(f"job {job} waits: {failure.what}; {failure.hint}")
         self._release(engine, job)
 
-    def _needs_mib(self, engine: Engine, failure: Failure) -> int | None:
-        """What a file that ran out of memory is known to need of its card: more than there was."""
-        free_mib = self._free_mib().get(engine.card)
-        if failure.code != "out_of_memory" or free_mib is None or engine.memory_mib is None:
-            return None
-        return engine.memory_mib + free_mib + NEEDS_MORE_MIB
+    def _ran_out(self, engine: Engine, failure: Failure) -> tuple[int | None, bool]:
+        """What a file that ran out of a card's memory is known to need of it: more than there was; and whether that was all of the card."""
+        memory = self._memory().get(engine.card)
+        if failure.code != "out_of_memory" or memory is None or engine.memory_mib is None:
+            return None, True
+        had_mib = engine.memory_mib + memory.free_mib
+        had_all = had_mib >= ALL_OF_A_CARD * memory.total_mib
+        return max(had_mib + NEEDS_MORE_MIB, memory.total_mib + 1 if had_all else 0), had_all
 
     def _interrupted(self, engine: Engine, job: int, why: str) -> None:
         """Not the file's fault: ready again at once, the attempt given back."""

@@ -289,9 +289,10 @@ class Ledger(Queries):
         """running → ready at once: what stopped the work was not the file's fault, so the attempt is given back."""
         self._give_back("interrupt", job, child, now, note=why, not_before=now)
 
-    def wait(self, job: int, child: str, failure: Failure, now: float, *, not_before: float) -> None:
-        """running → ready: something that is not the file is absent; no attempt is spent."""
-        self._give_back("wait", job, child, now, note=failure.what, not_before=not_before, **_failure(failure, ""))
+    def wait(self, job: int, child: str, failure: Failure, now: float, *, not_before: float, needs_mib: int | None = None) -> None:
+        """running → ready: something that is not the file is absent; no attempt is spent. `needs_mib`: as with `release`."""
+        changes = {"not_before": not_before, **_known(needs_mib=needs_mib)}
+        self._give_back("wait", job, child, now, note=failure.what, **changes, **_failure(failure, ""))
 
     def _give_back(self, verb: str, job: int, child: str, now: float, *, note: str, **changes: Any) -> None:
         with self.transaction():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from whisperd.dispatcher.optimiser import gate, sentences
-from whisperd.dispatcher.optimiser.guards import Ceiling
+from whisperd.dispatcher.optimiser.guards import WORKING, Ceiling
 from whisperd.dispatcher.optimiser.sentences import gib, workers
 from whisperd.dispatcher.optimiser.state import CardState
 from whisperd.dispatcher.optimiser.values import CPU, Card, CardPlan, Policy, Reason
@@ -99,7 +99,7 @@ def _within_memory(state: CardState, terms: Terms, number: int, batch: int) -> S
     for size in (batch, *smaller):
         fit = _fit(state, terms, size, running if size == batch else 0)
         if fit is None:
-            return Size(number if before is None else min(number, max(1, before.workers)), batch, None)
+            return Size(number, batch, None)
         if fit:
             text = f"at most {workers(fit)} with batch {size}: more does not fit into {room}"
             short = Ceiling(fit, "memory", text) if fit < number or size < batch else None
@@ -134,21 +134,23 @@ def _held_back(state: CardState, terms: Terms, size: Size) -> Size:
     """Nothing rises between looks, blind, or where nothing new can start; a batch only once those that leave are gone."""
     before = state.plan
     number, batch = size.workers, size.batch
+    if state.blind_since is not None and state.room_mib is None:  # a card that never tells: one worker, as far as anybody knows
+        number = min(number, 1 if before is None else max(1, before.workers))
+    starts = terms.may_rise and _can_start(state, terms.card)
     if before is None:
-        return size if terms.may_rise and _can_start(state, terms.card) else Size(0, batch, size.binding)
+        return Size(number if starts else 0, batch, size.binding)
     same = (before.model, before.compute_type) == (state.model, state.knobs.compute_type)
     if same and batch > before.batch and (number < before.workers or len(terms.card.workers) > number):
         batch = before.batch
     risen = number > before.workers or batch > before.batch or not same
-    if risen and not (terms.may_rise and _can_start(state, terms.card)):
+    if risen and not starts:
         number, batch = min(number, before.workers), min(batch, before.batch)
     return Size(number, batch, size.binding)
 
 
 def _can_start(state: CardState, card: Card) -> bool:
-    if card.usable not in ("ok", "suspect"):
-        return False
-    return state.blind_since is None or state.plan is None
+    """Never on a card that told of its memory once and does not now."""
+    return card.usable in WORKING and (state.blind_since is None or state.room_mib is None)
 
 
 # --- why ---

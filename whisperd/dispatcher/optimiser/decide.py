@@ -119,7 +119,7 @@ def _guard(state: CardState, card: Card, seen: Observation, policy: Policy) -> t
     reasons: tuple[Reason, ...] = ()
     if seen.events:
         state, reasons = guards.out_of_memory(state, card, seen.events, now)
-    if card.usable != "ok":
+    if card.usable not in guards.WORKING:
         return state, reasons
     state, said = guards.others(state, card, policy, now)
     reasons += said

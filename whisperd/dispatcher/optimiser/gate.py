@@ -137,7 +137,7 @@ def own_mib(workers: Iterable[Worker]) -> float | None:
 
 def observe_room(state: CardState, card: Card, now: float) -> CardState:
     """Free and ours together. A dip of one look is how two figures of different moments meet: it takes two."""
-    if card.memory_total_mib is None or card.memory_free_mib is None or card.usable != "ok":
+    if card.memory_total_mib is None or card.memory_free_mib is None:
         return state if state.last_room_mib is None else msgspec.structs.replace(state, last_room_mib=None)
     own = own_mib(card.workers)
     if own is None:

@@ -41,6 +41,8 @@ SETTLED_S = 300.0
 """A card has the temperature that belongs to its work by then."""
 
 BLIND_S = 600.0
+WORKING = ("ok", "suspect")
+"""Cards on which something can start."""
 
 
 class Ceiling(NamedTuple):
@@ -259,7 +261,7 @@ def _cooled(state: CardState, limit: float, now: float) -> CardState:
 
 def see(state: CardState, card: Card, now: float) -> CardState:
     """Whether the card can be read."""
-    blind = card.usable == "unknown" or (card.usable == "ok" and card.gpu != CPU and card.memory_free_mib is None)
+    blind = card.usable == "unknown" or (card.usable in WORKING and card.gpu != CPU and card.memory_free_mib is None)
     if blind == (state.blind_since is not None):
         return state
     return msgspec.structs.replace(state, blind_since=now if blind else None)
