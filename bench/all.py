@@ -1,4 +1,4 @@
-"""all: every measurement of docs/performance.md, one after the other, each saved, then the page: about 40 minutes on two quiet cores.
+"""all: every measurement of docs/performance.md, one after the other, each saved, then the page: about an hour on two quiet cores.
 
 The page and its plots are made by the peers' interpreter, which has matplotlib.
 """
@@ -26,6 +26,9 @@ MEASUREMENTS: dict[str, list[str]] = {  # the name it is saved under: script and
     "fair-engine": ["fair_slots", "--size", "tiny"],
     "fair-daemon": ["fair_slots", "--size", "tiny", "--daemon", "--no-peer"],
     "respawn": ["respawn", "--size", "tiny"],
+    "recovery": ["recovery"],
+    "poison": ["poison"],
+    "soak": ["soak"],
     "gpu": ["gpu"],
 }
 NEEDS_A_GPU = "gpu"

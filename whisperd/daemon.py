@@ -35,6 +35,7 @@ from whisperd.report.status import LOCK_NAME, status_line
 OK, SOME_FAILED, ENVIRONMENT, INTERNAL = 0, 1, 3, 70
 
 READY_AFTER_S = 10.0
+READY_LOOK_S = 0.05
 ENGINES_TERM_S = 2.0
 DELIVERY_S = 2.0
 CHILDREN_S = 1.5
@@ -108,6 +109,7 @@ class Daemon:
         self._loop.add_signal_handler(signal.SIGHUP, self._reload)
         logger.info(f"whisperd {__version__} starts: state in {self._settings.state_dir}, {len(self._settings.inbox)} inbox(es)")
         self._loop.call_soon(self._dispatcher.start)
+        self._loop.call_soon(self._await_ready)
         self._health.start()
         try:
             self._loop.run_forever()
@@ -129,12 +131,17 @@ class Daemon:
             return
         self._dispatcher.wake()
         self._say()
-        if not self._ready and self._is_ready():
-            self._ready = True
-            self._notifier.notify("READY=1")
-            logger.bind(event="ready").info("ready")
         if self._once and self._ready:
             self._end_when_drained()
+
+    def _await_ready(self) -> None:
+        """Say READY as soon as it is true; no model has to be loaded for it."""
+        if not self._is_ready():
+            self._loop.call_later(READY_LOOK_S, self._await_ready)
+            return
+        self._ready = True
+        self._notifier.notify("READY=1")
+        logger.bind(event="ready").info("ready")
 
     def _is_ready(self) -> bool:
         intake, delivery = self._dispatcher.intake, self._dispatcher.delivery

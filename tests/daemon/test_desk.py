@@ -305,7 +305,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_bad_setting_in_the_environment_is_named(place: Installation) -> None:
     """What comes from the environment is judged like what comes from the file."""
-    done = whisperd("config", "check", "--config", place.config, WHISPERD_DISPATCHER__WORKERS="0")
+    done = whisperd("config", "check", "--config", place.config, WHISPERD_DISPATCHER__WORKERS="-1")
     assert done.code == 2 and "dispatcher.workers" in done.err
 
 

@@ -198,8 +198,15 @@ def test_mps_is_seen(machine: Machine, tmp_path: Path) -> None:
         finally:
             process.kill()
         process.wait()
-        assert probe.until(lambda look: look[0].mps is False)
+        assert probe.until(lambda look: look[0].mps is not True)
         assert probe.stop() == "ended normally"
+
+
+def test_clients_of_mps_are_processes_too(watched: Watched, machine: Machine) -> None:
+    """NVML lists them apart; where the server is hidden from us, its clients betray it."""
+    machine.script(TWO_CARDS + "set 1 mps=1\nproc 1 4242 2000 5\n")
+    seen = watched.until(lambda look: look[1].mps is True)
+    assert seen[1].processes == (GpuProcess(pid=4242, vram_mib=2000),)
 
 
 def test_it_ends_when_the_library_was_replaced(watched: Watched, machine: Machine) -> None:

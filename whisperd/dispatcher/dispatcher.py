@@ -59,7 +59,7 @@ class Dispatcher:
             nursery,
             ledger.state_dir,
             on_frame=self._engine_said,
-            on_death=lambda engine, how: self.work.engine_died(engine, how, stopping=self.stopping),
+            on_death=self._engine_died,
             module=engine_module,
         )
         self.planning = Planning(ledger, self.gauge, self.pool, settings)
@@ -177,7 +177,10 @@ class Dispatcher:
         ready = [self._with_model(row) for row in self._ledger.ready(wall) if self.pool.of_job(row["id"]) is None]  # one cancelled may be
         inboxes = self.intake.usable()
         models = {seat.model for seat in seats}
-        self.planning.quarantined = {model for model in models if queueing.wants_quarantine(ready, seats, inboxes=inboxes, model=model)}
+        quarantined = {model for model in models if queueing.wants_quarantine(ready, seats, inboxes=inboxes, model=model)}
+        if quarantined != self.planning.quarantined:
+            self.planning.quarantined = quarantined
+            self.wake()
         stranded = self.planning.strand(ready)
         self._hand_out_among([row for row in ready if row["id"] not in stranded], inboxes, now, wall, fallback=False)
         if stranded:
@@ -271,6 +274,10 @@ class Dispatcher:
         logger.bind(job=job, event=reason).info(f"job {job} not started: {what}")
 
     # --- the engine ---
+
+    def _engine_died(self, engine: Engine, how: str) -> None:
+        self.work.engine_died(engine, how, stopping=self.stopping)
+        self._looked_at = 0.0  # who waits may have become a suspect: look before the next engine takes him
 
     def _engine_said(self, engine: Engine, frame: Frame[Any]) -> None:
         for descriptor in frame.descriptors:  # engines send none; what parsed hostile media may try

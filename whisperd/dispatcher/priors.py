@@ -25,6 +25,7 @@ class Published(NamedTuple):
 
 
 PUBLISHED = {
+    "demo": Published(float16_mib=550, int8_mib=530, float32_mib=580, window_mib=10),  # the embedded one, on a GPU mostly context
     "tiny": Published(float16_mib=600, int8_mib=560, float32_mib=680, window_mib=15),
     "base": Published(float16_mib=680, int8_mib=600, float32_mib=820, window_mib=25),
     "small": Published(float16_mib=1158, int8_mib=800, float32_mib=1650, window_mib=60),

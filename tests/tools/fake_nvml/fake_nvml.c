@@ -54,7 +54,7 @@ struct gpu {
     char uuid[96], bus[32], name[96];
     u64 total, reserved;
     u64 used, util, memory_util, encoder, decoder, temp, shutdown, slowdown, gpu_max, margin, fan, power, limit, reasons, clock, clock_max,
-        mig, ecc, ecc_double, remap_pending, remap_failure, recovery, persistence, compute_mode, pstate, events, pcie;
+        mig, ecc, ecc_double, remap_pending, remap_failure, recovery, persistence, compute_mode, pstate, events, pcie, mps;
 };
 static const struct { const char *name; size_t at; u64 first; } keys[] = {
 #define KEY(name, first) {#name, offsetof(struct gpu, name), first}
@@ -69,6 +69,7 @@ static const struct { const char *name; size_t at; u64 first; } keys[] = {
     KEY(mig, 0), KEY(ecc, 0), KEY(ecc_double, 0), KEY(remap_pending, 0), KEY(remap_failure, 0),
     KEY(recovery, 0),      /* field NVML_FI_DEV_GET_GPU_RECOVERY_ACTION */
     KEY(persistence, 1), KEY(compute_mode, 0), KEY(pstate, 0), KEY(events, 8), KEY(pcie, 1000),
+    KEY(mps, 0),           /* its processes are told as clients of MPS */
 };
 struct process { int gpu; unsigned pid; u64 mib; unsigned sm; };
 struct fault { char function[64]; enum { FAIL, HANG, CRASH } kind; int code, gpu; };
@@ -438,10 +439,12 @@ static int fill_processes(struct gpu *gpu, unsigned *count, struct process_info 
         out[i] = (struct process_info){on[i].pid, on[i].mib == NOT_AVAILABLE ? NOT_AVAILABLE : on[i].mib << MIB, ~0u, ~0u};
     return OK;
 }
+static int none(unsigned *count) { *count = 0; return OK; }
 int nvmlDeviceGetComputeRunningProcesses_v3(device gpu, unsigned *count, struct process_info *out)
-    CALL(gpu, answer = fill_processes(gpu, count, out))
-int nvmlDeviceGetGraphicsRunningProcesses_v3(device gpu, unsigned *count, struct process_info *out) CALL(gpu, (void)out; *count = 0)
-int nvmlDeviceGetMPSComputeRunningProcesses_v3(device gpu, unsigned *count, struct process_info *out) CALL(gpu, (void)out; *count = 0)
+    CALL(gpu, answer = gpu->mps ? none(count) : fill_processes(gpu, count, out))
+int nvmlDeviceGetGraphicsRunningProcesses_v3(device gpu, unsigned *count, struct process_info *out) CALL(gpu, (void)out; none(count))
+int nvmlDeviceGetMPSComputeRunningProcesses_v3(device gpu, unsigned *count, struct process_info *out)
+    CALL(gpu, answer = gpu->mps ? fill_processes(gpu, count, out) : none(count))
 
 struct process_load { unsigned pid; u64 at_us; unsigned sm, memory, encoder, decoder; };
 static int fill_process_load(struct gpu *gpu, struct process_load *out, unsigned *count) {
