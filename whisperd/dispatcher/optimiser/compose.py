@@ -185,6 +185,7 @@ OVER = {
     "squeezed": "there is room again",
     "memory": "there is room again",
     "out_of_memory": "memory has sufficed for a while",
+    "no_room": "another attempt to start more",
     "load_out_of_memory": "another attempt to start more",
 }
 """What is said when a limit has ended."""

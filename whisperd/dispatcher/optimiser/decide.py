@@ -14,7 +14,9 @@ import msgspec
 from whisperd.dispatcher.optimiser import climb, compose, gate, guards, models, recycling, sentences, watch
 from whisperd.dispatcher.optimiser.compose import Terms, batches_of
 from whisperd.dispatcher.optimiser.guards import Ceiling
+from whisperd.dispatcher.optimiser.scene import Scene, proven_of
 from whisperd.dispatcher.optimiser.state import CardState, Knobs, State, card_from
+from whisperd.dispatcher.optimiser.trials import PROBE_FIRST_S
 from whisperd.dispatcher.optimiser.values import CPU, Advice, Backlog, Card, CardPlan, Observation, Policy, Reason
 
 replace = msgspec.structs.replace
@@ -34,7 +36,7 @@ def decide(state: State, seen: Observation, policy: Policy) -> tuple[State, Advi
     for card in seen.cards:
         one = known.pop(card.gpu)
         elsewhere = [other.model for other in (*cards, *known.values()) if other.plan is not None and other.plan.workers]
-        one, ids, said = _decide_card(one, card, seen, policy, elsewhere=elsewhere, host_full=busy >= climb.HOST_FULL)
+        one, ids, said = _decide_card(one, card, seen, policy, elsewhere=elsewhere, busy=busy)
         cards.append(one)
         recycled += ids
         reasons += said
@@ -47,7 +49,7 @@ def decide(state: State, seen: Observation, policy: Policy) -> tuple[State, Advi
 def start_need_mib(state: State, gpu: str, model: str, compute_type: str, batch: int) -> int | None:
     """What must be free before such a worker is started; None where nothing is known of the card."""
     card = state.card(gpu)
-    if card is None:
+    if card is None or gate.is_unheard_of(card, state.policy, model, compute_type):
         return None
     return math.ceil(gate.need(card, state.policy, model, compute_type, batch).typical + card.pending_mib)
 
@@ -82,14 +84,15 @@ def _host(state: State, seen: Observation) -> float:
 
 
 def _decide_card(
-    state: CardState, card: Card, seen: Observation, policy: Policy, *, elsewhere: Sequence[str], host_full: bool
+    state: CardState, card: Card, seen: Observation, policy: Policy, *, elsewhere: Sequence[str], busy: float
 ) -> tuple[CardState, tuple[int, ...], tuple[Reason, ...]]:
     now = seen.now
     room_before = state.room_mib
     state = guards.see(gate.follow_workers(gate.observe_room(state, card, now), card), card, now)
     state, reasons = _guard(state, card, seen, policy)
     state = _follow_work(state, card, seen.backlog, now)
-    is_look = now >= state.look_at or state.plan is None
+    woken = state.binding == "idle" and state.work_at == now  # the first recording after a pause does not wait for the next look
+    is_look = now >= state.look_at or state.plan is None or woken
     recycled: tuple[int, ...] = ()
     if is_look:
         state = gate.learn_memory(replace(state, look_at=now + policy.look_s), card)
@@ -99,7 +102,7 @@ def _decide_card(
         return state, (), reasons
     limits = guards.ceilings(state, card, policy, seen.cores, now)
     if is_look:
-        state, said = climb.look(state, _scene(state, card, seen, policy, limits, host_full=host_full))
+        state, said = climb.look(state, _scene(state, card, seen, policy, limits, busy=busy))
         reasons += said
     memory_moved = state.room_mib != room_before
     terms = Terms(card, policy, limits, now, may_rise=is_look, check_memory=is_look or memory_moved)
@@ -118,7 +121,8 @@ def _guard(state: CardState, card: Card, seen: Observation, policy: Policy) -> t
     now = seen.now
     reasons: tuple[Reason, ...] = ()
     if seen.events:
-        state, reasons = guards.out_of_memory(state, card, seen.events, now)
+        state, reasons = guards.out_of_memory(state, card, seen.events, policy, now)
+    state = guards.missing(state, card, now)
     if card.usable not in guards.WORKING:
         return state, reasons
     state, said = guards.others(state, card, policy, now)
@@ -138,17 +142,20 @@ def _follow_work(state: CardState, card: Card, backlog: Sequence[Backlog], now: 
     work_at = now if work else state.work_at
     backed_at = (now if state.backed_at is None else state.backed_at) if backed else None
     starved = None if backed else now if state.starved_since is None else state.starved_since
+    if waiting and state.binding == "idle":  # work again: at once, not at the next look
+        state = replace(state, look_at=now)
     return replace(state, work_at=work_at, backed_at=backed_at, starved_since=starved)
 
 
-def _scene(state: CardState, card: Card, seen: Observation, policy: Policy, limits: Sequence[Ceiling], *, host_full: bool) -> climb.Scene:
+def _scene(state: CardState, card: Card, seen: Observation, policy: Policy, limits: Sequence[Ceiling], *, busy: float) -> Scene:
     caps = [cap.batch for cap in state.caps if cap.batch and seen.now < cap.until]
-    return climb.Scene(
+    return Scene(
         now=seen.now,
         card=card,
         policy=policy,
         cores=seen.cores,
-        host_full=host_full and card.gpu != CPU,
+        cores_busy=busy * seen.cores,
+        host_full=busy >= climb.HOST_FULL and card.gpu != CPU,
         most_workers=min(limit.workers for limit in limits),
         batch_max=min(caps, default=1 << 30),
     )
@@ -164,7 +171,7 @@ def _choose_model(
     if not model or model == state.model:
         return state, ()
     before = state.model
-    proven = climb.proven_of(state, model)
+    proven = proven_of(state, model)
     allowed = _types(card, policy)
     usable = proven is not None and (proven.knobs.compute_type in allowed or not allowed) and proven.knobs.batch in batches_of(card, policy)
     state = replace(
@@ -174,7 +181,7 @@ def _choose_model(
         state = replace(state, knobs=proven.knobs, probe_at=seen.now + proven.probe_wait_s, plan_at=seen.now)
         text = f"{sentences.setting(proven.knobs)} for {model}, as it was proven ({proven.speed:.0f} audio-seconds per second)"
         return state, (sentences.reason(card.gpu, "swapped" if before else "warm", text, speed=proven.speed),)
-    state = replace(state, knobs=_first_knobs(state, card, policy), brisk=True, probe_at=seen.now + climb.PROBE_FIRST_S)
+    state = replace(state, knobs=_first_knobs(state, card, policy), brisk=True, probe_at=seen.now + PROBE_FIRST_S)
     text = f"{sentences.setting(state.knobs)} to begin with for {model}: nothing is known of its speed here"
     return state, (sentences.reason(card.gpu, "swapped" if before else "first", text),)
 

@@ -27,6 +27,8 @@ WORST_FADES = 0.0001
 """The worst that was seen is forgotten by so much at each look."""
 BLOAT, BLOAT_PULL, SAMPLES_MAX = 1.5, 0.002, 200
 """Windows that take so much more than usual are one recording's fault, and count little."""
+MOSTLY_WEIGHTS = 0.75
+"""Of a worker's memory, where nobody says how large the loaded model is."""
 UNKNOWN_MODEL = ModelNeed(model="", compute_type="", weights_mib=4600, window_mib=220)
 
 
@@ -83,8 +85,15 @@ def need(state: CardState, policy: Policy, model: str, compute_type: str, batch:
 
 
 def _table(needs: Iterable[ModelNeed], model: str, compute_type: str) -> ModelNeed:
-    own = [need for need in needs if need.model == model]
+    name = model.rstrip("/").rsplit("/", 1)[-1].removeprefix("faster-").removeprefix("whisper-")  # of a directory or a repository
+    own = [need for need in needs if need.model == name]
     return next((need for need in own if need.compute_type == compute_type), own[0] if own else UNKNOWN_MODEL)
+
+
+def is_unheard_of(state: CardState, policy: Policy, model: str, compute_type: str) -> bool:
+    """Neither published nor measured: a model of somebody's own, that may be of any size. Only a try can tell."""
+    measured = any((held.model, held.compute_type) == (model, compute_type) for held in state.held)
+    return not measured and _table(policy.needs, model, compute_type) is UNKNOWN_MODEL
 
 
 def fits(room_mib: float, reserve: float, one: Need, margin: float = 1.0, *, smallest: bool = False) -> int:
@@ -108,6 +117,8 @@ def most(
     if memory_max_mib is not None and memory_max_mib < room - reserve:
         room, reserve = float(memory_max_mib), 0.0
     one = need(state, policy, state.model, compute_type, batch)
+    if is_unheard_of(state, policy, state.model, compute_type):
+        return 1
     smallest = batch <= min(policy.cpu_batches if state.gpu == CPU else policy.batches)
     if growing:
         return fits(room, reserve, one, margin_of(state, state.model, compute_type, now), smallest=smallest)
@@ -155,13 +166,14 @@ def observe_room(state: CardState, card: Card, now: float) -> CardState:
 
 
 def learn_memory(state: CardState, card: Card) -> CardState:
-    """Called at every look: what workers hold after work. It is put down to the largest batch that a worker was ever told, since only its
-    end gives memory back."""
+    """Called at every look: what workers hold after work. Only its end gives a worker's memory back: whoever once had a larger batch than
+    now tells nothing."""
     held = state.held
     widest = dict(state.widest)
     for worker in card.workers:
-        if worker.memory_mib is not None and worker.life in ("idle", "busy") and worker.audio_s > 0:
-            held = _noted(held, worker, widest.get(worker.id, worker.batch))
+        serves = worker.life in ("idle", "busy") and worker.audio_s > 0
+        if serves and worker.memory_mib is not None and widest.get(worker.id, worker.batch) == worker.batch:
+            held = _noted(held, worker, worker.batch)
     return state if held is state.held else msgspec.structs.replace(state, held=held)
 
 
@@ -197,7 +209,8 @@ def _noted(held: tuple[Held, ...], worker: Worker, batch: int) -> tuple[Held, ..
 def _typical(held: tuple[Held, ...], one: Held, mib: float) -> float:
     if not one.batch:
         return max(mib, one.typical_mib)
-    weights = next((other.typical_mib for other in held if other.batch == 0 and _key(other) == _key(one)), 0.0)
+    loaded = (other.typical_mib for other in held if other.batch == 0 and _key(other) == _key(one))
+    weights = next(loaded, MOSTLY_WEIGHTS * one.typical_mib)
     bloated = mib - weights > BLOAT * (one.typical_mib - weights)
     pull = BLOAT_PULL if bloated else 0.3 if mib > one.typical_mib else 0.01
     return round(one.typical_mib + (mib - one.typical_mib) * pull, 1)

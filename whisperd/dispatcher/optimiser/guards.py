@@ -18,6 +18,7 @@ from whisperd.dispatcher.optimiser.values import CPU, Card, Event, Policy, Reaso
 
 COOL_DOWN_S, LOAD_COOL_DOWN_S = 900.0, 60.0
 HEAT_CAP_S = 1800.0
+MISSING_S = 120.0
 DOUBLINGS_MAX = 4
 SPLIT_BATCH = 4
 """From this batch on half of it is the smaller loss; below, one worker fewer."""
@@ -69,17 +70,34 @@ def repeated(state: CardState, code: str, now: float) -> int:
 # --- out of memory ---
 
 
-def out_of_memory(state: CardState, card: Card, events: Iterable[Event], now: float) -> tuple[CardState, tuple[Reason, ...]]:
-    """Half the batch (or, of a small one, a worker fewer) for 15 min, longer each time; needs are larger than they looked."""
+def out_of_memory(
+    state: CardState, card: Card, events: Iterable[Event], policy: Policy, now: float
+) -> tuple[CardState, tuple[Reason, ...]]:
+    """Half the batch (or, of a small one, a worker fewer) for 15 min, longer each time; needs are larger than they looked. Where one worker
+    alone cannot hold one window, the next lighter precision; the climb tries the other again when all has stood still."""
     own = [event for event in events if event.gpu == card.gpu and event.kind != "worker_died"]
     reasons: tuple[Reason, ...] = ()
     for kind in ("load_out_of_memory", "out_of_memory"):
         hit = [event for event in own if event.kind == kind]
         if hit:
             worst = max(hit, key=lambda event: event.need_mib or 0)
-            state, said = _ran_out(state, card, worst, now)
+            state, said = _lightened(state, card, worst, policy) or _ran_out(state, card, worst, now)
             reasons += said
     return state, reasons
+
+
+def _lightened(state: CardState, card: Card, event: Event, policy: Policy) -> tuple[CardState, tuple[Reason, ...]] | None:
+    """The next precision on the operator's list; None where there is none, or where less would do."""
+    planned = state.plan.workers if state.plan is not None else 0
+    serving = sum(1 for worker in card.workers if worker.life in ("idle", "busy"))
+    least = event.batch <= 1 if event.kind == "out_of_memory" else not serving
+    heavy = event.compute_type or state.knobs.compute_type
+    if card.gpu == CPU or planned > 1 or not least or heavy != state.knobs.compute_type or heavy not in policy.compute_types[:-1]:
+        return None
+    lighter = policy.compute_types[policy.compute_types.index(heavy) + 1]
+    state = msgspec.structs.replace(state, knobs=msgspec.structs.replace(state.knobs, compute_type=lighter, workers=1), trial=None)
+    text = f"{lighter} instead of {heavy}: one worker alone ran out of memory with it"
+    return state, (reason(card.gpu, "lighter", text, need_mib=event.need_mib or 0),)
 
 
 def _ran_out(state: CardState, card: Card, event: Event, now: float) -> tuple[CardState, tuple[Reason, ...]]:
@@ -122,7 +140,8 @@ def others(state: CardState, card: Card, policy: Policy, now: float) -> tuple[Ca
 
 
 def _moved_in(state: CardState, card: Card, policy: Policy, foreign: float, now: float) -> tuple[CardState, tuple[Reason, ...]]:
-    since = now - GROWN_S if state.foreign_grown and now - state.foreign_grown[-1] < GROWN_S else now
+    again = bool(state.foreign_grown) and now - state.foreign_grown[-1] < GROWN_S
+    since = now - GROWN_S if again else now
     grown = (*(at for at in state.foreign_grown if now - HOLD_MEMORY_S < at <= since), now)
     before = state.foreign_mib or 0.0
     state = msgspec.structs.replace(state, foreign_mib=foreign, foreign_grown=grown, brisk=True, blocks=(), trial=None)
@@ -131,7 +150,7 @@ def _moved_in(state: CardState, card: Card, policy: Policy, foreign: float, now:
     most = gate.most(state, policy, card.limits.memory_max_mib, compute_type=state.knobs.compute_type, batch=batch, growing=True, now=now)
     fit = planned if most is None else min(planned, most)
     if _is_short(state, card, policy):
-        fit = min(fit, planned // 2)
+        fit = 0 if again else min(fit, planned // 2)  # what it wants is not known: half of ours, then all
     fit = min(planned, max(fit, 0 if policy.yield_to_others else 1))
     if fit >= planned:
         return state, ()
@@ -256,6 +275,23 @@ def _cooled(state: CardState, limit: float, now: float) -> CardState:
     return msgspec.structs.replace(state, caps=tuple(new if one is cap else one for one in state.caps))
 
 
+# --- workers that do not come ---
+
+
+def missing(state: CardState, card: Card, now: float) -> CardState:
+    """Fewer run than planned and none is on its way, for minutes: the pool finds no room for it. The plan follows what is."""
+    planned = state.plan.workers if state.plan is not None else 0
+    waiting = 0 < len(card.workers) < planned and all(worker.life in ("idle", "busy") for worker in card.workers)
+    if not waiting:
+        return state if state.short_since is None else msgspec.structs.replace(state, short_since=None)
+    if state.short_since is None:
+        return msgspec.structs.replace(state, short_since=now)
+    if now - state.short_since < MISSING_S:
+        return state
+    state = msgspec.structs.replace(state, short_since=None, trial=None)
+    return capped(state, "no_room", len(card.workers), now + COOL_DOWN_S, now)
+
+
 # --- all of them as ceilings ---
 
 
@@ -291,6 +327,7 @@ CAP_WORDS = {
     "load_out_of_memory": "memory ran out while one more loaded",
     "foreign": "another program needs the memory",
     "heat": "the card gets too hot with more",
+    "no_room": "there was no room to start another",
 }
 
 

@@ -14,6 +14,8 @@ from whisperd.dispatcher.optimiser.values import Card, Policy, Reason, Worker
 BLOAT = 1.3
 SPARE = 1.08
 AGAIN_S = 120.0
+SHORT, SHORT_AGAIN_S = 0.25, 600.0
+"""Less than this share of the reserve is left: a fresh process gives some of it back."""
 ROOMY, ROOMY_AGAIN_S = 2.0, 1800.0
 """Where nobody needs the memory there is no hurry."""
 
@@ -40,14 +42,14 @@ def _why(state: CardState, card: Card, policy: Policy, own: Sequence[Worker], no
         return ""
     one = gate.need(state, policy, plan.model, plan.compute_type, plan.batch)
     fat, lean = (float(pick(worker.memory_mib or 0 for worker in own)) for pick in (max, min))
-    if fat <= SPARE * one.typical:
-        return ""
-    if len(own) < plan.workers and card.memory_free_mib < one.typical + state.pending_mib:
-        return f", {gib(one.typical)} are usual, and another one waits for room"
-    if now - state.recycled_at < AGAIN_S:
-        return ""
-    roomy = card.memory_free_mib > ROOMY * one.typical
-    if fat > BLOAT * one.typical and (not roomy or now - state.recycled_at >= ROOMY_AGAIN_S):
-        return f", {gib(one.typical)} are usual"
-    spare = card.memory_free_mib - 0.5 * gate.reserve_mib(state.total_mib, policy, card.gpu)
-    return f" and only {gib(max(0.0, spare))} are left for the others' peaks" if spare < one.worst - lean else ""
+    free, reserve, rested_s = card.memory_free_mib, gate.reserve_mib(state.total_mib, policy, card.gpu), now - state.recycled_at
+    is_fat, spare = fat > SPARE * one.typical, free - 0.5 * reserve
+    patience_s = ROOMY_AGAIN_S if free > ROOMY * one.typical else AGAIN_S
+    usual = f", {gib(one.typical)} are usual"
+    reasons = {
+        f"{usual}, and another one waits for room": is_fat and len(own) < plan.workers and free < one.typical + state.pending_mib,
+        f" and only {gib(free)} are free": free < SHORT * reserve and rested_s >= SHORT_AGAIN_S,
+        usual: fat > BLOAT * one.typical and rested_s >= patience_s,
+        f" and only {gib(max(0.0, spare))} are left for the others' peaks": is_fat and spare < one.worst - lean and rested_s >= AGAIN_S,
+    }
+    return next((why for why, holds in reasons.items() if holds), "")

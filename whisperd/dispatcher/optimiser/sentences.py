@@ -5,7 +5,7 @@ Owns: the codes. They are stable: whoever filters plans by them may rely on it. 
 
 from __future__ import annotations
 
-from whisperd.dispatcher.optimiser.state import Knobs
+from whisperd.dispatcher.optimiser.state import Knobs, Trial
 from whisperd.dispatcher.optimiser.values import CPU, Reason
 
 UUID_SHOWN = 12
@@ -56,9 +56,10 @@ def tried(gpu: str, code: str, before: Knobs, after: Knobs, *, expected: float, 
     return reason(gpu, code, text, expected_gain=expected, speed=speed)
 
 
-def probed(gpu: str, before: Knobs, after: Knobs, *, speed: float) -> Reason:
-    text = f"{change(before, after)} for a few minutes: a scheduled look whether the last one still earns its memory"
-    return reason(gpu, "probe_fewer", text, speed=speed)
+def probed(gpu: str, trial: Trial, *, speed: float) -> Reason:
+    why = "more would bring something by now" if trial.code == "probe_more" else "less would do as well"
+    text = f"{change(trial.before, trial.after)} for a few minutes: a scheduled look whether {why}"
+    return reason(gpu, trial.code, text, speed=speed)
 
 
 def judged(gpu: str, code: str, before: Knobs, after: Knobs, *, gain: float, sd: float, speeds: tuple[float, float]) -> Reason:

@@ -71,6 +71,8 @@ class Proven(Noun, frozen=True):
     speed: float = 0.0  # audio seconds per second there
     probe_wait_s: float = 1800.0
     room_mib: float = 0.0  # of the card's memory that was ours to use then
+    cores_busy: float = 0.0  # of the host, by everybody
+    probes: int = 0  # scheduled looks so far
 
 
 class Mark(Noun, frozen=True):
@@ -116,7 +118,15 @@ class Trial(Noun, frozen=True):
     after: Knobs
     base: Pace
     since: float
+    expected: float = 0.0  # logarithm of how much faster it should be
     probe: bool = False  # asks whether less would do as well
+
+
+class Echo(Noun, frozen=True):
+    """A trial that has ended: how fast it went there is compared once more, with how fast it goes after it."""
+
+    before: Knobs
+    after: Pace
 
 
 class Cap(Noun, frozen=True):
@@ -153,6 +163,7 @@ class CardState(Noun, frozen=True):
     window: Window | None = None
     pace: Pace | None = None
     trial: Trial | None = None
+    echo: Echo | None = None
     held: tuple[Held, ...] = ()
     widest: tuple[tuple[int, int], ...] = ()  # (worker, the largest batch it was ever told)
     margins: tuple[Margin, ...] = ()
@@ -174,6 +185,7 @@ class CardState(Noun, frozen=True):
     hot_paused: bool = False
     drifted: int = 0  # looks in a row at which the speed was not the proven one
     recycled_at: float = 0.0
+    short_since: float | None = None  # since when fewer run than planned, and none is on its way
     pending_mib: float = 0.0  # that workers which run will still take, while more are to be started
 
 
