@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from whisperd.dispatcher import optimiser
-from whisperd.dispatcher.optimiser import curves, gate, watch
+from whisperd.dispatcher.optimiser import curves, gate, moves, watch
 from whisperd.dispatcher.optimiser.curves import Belief
 from whisperd.dispatcher.optimiser.gate import Need
+from whisperd.dispatcher.optimiser.scene import Scene
 from whisperd.dispatcher.optimiser.state import CardState, Comparison, Held, Knobs, Pace
 from whisperd.dispatcher.optimiser.values import (
     CPU,
@@ -287,8 +288,8 @@ def test_a_change_of_content_starts_the_search_anew() -> None:
 # --- measuring ---
 
 
-def pace(workers: int, speed: float, *, batch: int = 8, first: int = 1, recordings: int = 1000) -> Pace:
-    """As if so many workers with numbers from `first` on had done `speed` each for two minutes."""
+def pace(workers: int, speed: float, *, batch: int = 8, first: int = 1, recordings: int = 1000, done: int = 0) -> Pace:
+    """As if so many workers with numbers from `first` on had done `speed` each for two minutes, `done` recordings ago."""
     return Pace(
         at=0.0,
         knobs=Knobs(compute_type="float16", batch=batch, workers=workers),
@@ -296,7 +297,7 @@ def pace(workers: int, speed: float, *, batch: int = 8, first: int = 1, recordin
         speeds=tuple((first + number, speed) for number in range(workers)),
         in_hand=recordings,
         recordings=recordings,
-        done=0,
+        done=done,
     )
 
 
@@ -309,8 +310,39 @@ def test_two_paces_compare_by_the_workers_that_both_have() -> None:
 
 def test_fewer_recordings_make_a_comparison_less_certain() -> None:
     """Each recording costs differently, so a figure that rests on few is worth little."""
-    assert watch.compare(pace(1, 10.0, recordings=8), pace(1, 10.0, first=5, recordings=8), CPU)[1] > 0.15
-    assert watch.compare(pace(1, 10.0), pace(1, 10.0, first=5), CPU)[1] < 0.05
+    assert watch.compare(pace(1, 10.0, recordings=8), pace(1, 10.0, first=5, recordings=8, done=20), CPU)[1] > 0.15
+    assert watch.compare(pace(1, 10.0), pace(1, 10.0, first=5, done=2000), CPU)[1] < 0.05
+
+
+def test_the_same_recordings_make_a_comparison_more_certain() -> None:
+    """What a worker leaves is handed out first: a new worker with as many in hand does the same recordings, and their cost is no chance."""
+    others = watch.compare(pace(1, 10.0, recordings=8), pace(1, 10.0, first=5, recordings=8, done=20), GPU)[1]
+    same = watch.compare(pace(1, 10.0, recordings=8), pace(1, 10.0, first=5, recordings=8), GPU)[1]
+    assert same < 0.1 < others
+
+
+def test_few_recordings_of_one_worker_do_not_outvote_all() -> None:
+    """From two workers with two recordings each to one with many: all four say more than the two of the worker that stayed."""
+    before = Pace(
+        at=0.0,
+        knobs=Knobs(compute_type="float16", batch=1, workers=2),
+        seconds=120.0,
+        speeds=((1, 5.0), (2, 15.0)),
+        in_hand=4,
+        recordings=4,
+        done=0,
+    )
+    gain, _ = watch.compare(before, pace(1, 20.0, batch=32, recordings=64), GPU)
+    assert math.exp(gain) == pytest.approx(1.0)
+
+
+def test_what_is_possible_is_asked_in_turn() -> None:
+    """With one worker there is no fewer to ask about: a smaller batch and one worker more take turns."""
+    state = CardState(gpu=GPU, model=MODEL, total_mib=80_000, room_mib=80_000.0)
+    scene = Scene(0.0, Card(gpu=GPU), POLICY, cores=16, cores_busy=4.0, host_full=False, most_workers=12, batch_max=32)
+    alone = Knobs(compute_type="float16", batch=8, workers=1)
+    asked = [moves.scheduled(turn, state, scene, alone) for turn in range(4)]
+    assert [one[0] for one in asked if one] == ["probe_smaller", "probe_more"] * 2
 
 
 def test_comparisons_weigh_the_curves() -> None:
@@ -334,6 +366,9 @@ def test_the_gate_takes_everyone_typical_and_one_at_the_worst() -> None:
     assert gate.fits(9_100, 250, Need(3000, 3000, 3000)) == 2
     assert gate.fits(3_100, 250, Need(3000, 3000, 3000)) == 0
     assert gate.fits(3_100, 250, Need(3000, 3000, 3000), smallest=True) == 1
+    assert gate.fits(3_010, 250, Need(3000, 3000, 3000), smallest=True) == 0
+    assert gate.fits(3_010, 250, Need(3000, 3000, 3000, known=True), smallest=True) == 1
+    assert gate.fits(3_010, 250, Need(3000, 3000, 3000, known=True), margin=1.05, smallest=True) == 0
 
 
 def test_growth_looks_at_the_least_room_of_ten_minutes() -> None:

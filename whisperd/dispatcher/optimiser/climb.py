@@ -102,7 +102,7 @@ def _notice_drift(state: CardState, scene: Scene, pace: Pace) -> CardState:
     if proven is None or not proven.speed or proven.knobs != pace.knobs or pace.seconds < CALM_S:
         return state
     moved = math.log(pace.speed / proven.speed)
-    chance = DRIFT_SDS * watch.COST_SIGMA / math.sqrt(max(1, pace.recordings))
+    chance = DRIFT_SDS * watch.COST_SIGMA * math.sqrt(2 / max(1, pace.recordings))  # the proven speed rested on about as many
     drifted = abs(moved) > max(DRIFT, chance) or _host_differs(scene, proven)
     count = state.drifted + 1 if drifted else 0
     if count < DRIFT_LOOKS:

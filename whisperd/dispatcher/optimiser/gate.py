@@ -21,6 +21,8 @@ PEAK_FIRST, PEAK_SURE, PEAK_SAMPLES = 1.42, 1.08, 20
 MARGIN_STEP, MARGIN_MAX, MARGIN_HALF_S = 1.08, 1.6, 7200.0
 ROOM_S, BUCKET_S = 600.0, 30.0
 SURE_SAMPLES, SURE_RESERVE = 100, 0.4
+LEAVE_MIB, LESSON = 100.0, 1.01
+"""Of the reserve, what a single worker leaves while its memory is not well known, or ran out so lately that the margin is above this."""
 KEPT = 0.97
 """What runs already may stay as long as so much of its need is there."""
 WORST_FADES = 0.0001
@@ -39,6 +41,7 @@ class Need(NamedTuple):
     peak: float
     worst: float
     sure: bool = False  # seen so often that typical is what the hungriest come to
+    known: bool = False  # of a GPU's worker, seen so often, with whatever batch, that a single one may do without any reserve
 
 
 def reserve_mib(total_mib: float, policy: Policy, gpu: str = "") -> float:
@@ -81,7 +84,8 @@ def need(state: CardState, policy: Policy, model: str, compute_type: str, batch:
     samples = sum(held.samples for held in used)
     sure = bool(exact) and exact[0].samples >= SURE_SAMPLES
     peak = each * (PEAK_SURE + (PEAK_FIRST - PEAK_SURE) * PEAK_SAMPLES / (PEAK_SAMPLES + samples))
-    return Need(weights + each * batch, weights + peak * batch, weights + max(peak, worst) * batch, sure)
+    known = samples >= SURE_SAMPLES and policy.reserve_mib is None and state.gpu != CPU
+    return Need(weights + each * batch, weights + peak * batch, weights + max(peak, worst) * batch, sure, known)
 
 
 def _table(needs: Iterable[ModelNeed], model: str, compute_type: str) -> ModelNeed:
@@ -99,11 +103,12 @@ def is_unheard_of(state: CardState, policy: Policy, model: str, compute_type: st
 def fits(room_mib: float, reserve: float, one: Need, margin: float = 1.0, *, smallest: bool = False) -> int:
     """How many workers: all of them typical beside the reserve; and all at their peaks, one at the worst, with a quarter of it left.
 
-    A single one with the smallest batch may use most of the reserve: none at all costs most.
+    A single one with the smallest batch may use most of the reserve, and all of it where its memory is well known: none at all costs most.
     """
     usual = int((room_mib - (SURE_RESERVE if one.sure else 1.0) * reserve) // (one.typical * margin))
     peaking = int((room_mib - 0.25 * reserve - (one.worst - one.peak)) // (one.peak * margin))
-    return max(0, min(usual, peaking), 1 if smallest and room_mib - min(100.0, reserve) >= one.typical else 0)
+    leave = 0.0 if one.known and margin < LESSON else LEAVE_MIB
+    return max(0, min(usual, peaking), 1 if smallest and room_mib - min(leave, reserve) >= one.typical else 0)
 
 
 def most(
@@ -123,7 +128,7 @@ def most(
     if growing:
         return fits(room, reserve, one, margin_of(state, state.model, compute_type, now), smallest=smallest)
     kept = KEPT * one.typical
-    return fits(room, 0.5 * reserve, Need(kept, kept, kept, one.sure), smallest=smallest)
+    return fits(room, 0.5 * reserve, Need(kept, kept, kept, one.sure, one.known), smallest=smallest)
 
 
 def least_room(state: CardState) -> float | None:

@@ -105,10 +105,10 @@ def _precision(state: CardState, scene: Scene, now_at: Knobs) -> Move | None:
 
 
 def scheduled(turn: int, state: CardState, scene: Scene, knobs: Knobs) -> tuple[str, Knobs] | None:
-    """What a scheduled look asks about, in turn: one worker fewer, a smaller batch, one worker more; whichever of them is possible."""
-    kinds = (_fewer, _smaller, _more)
-    asked = (kinds[(turn + offset) % len(kinds)](state, scene, knobs) for offset in range(len(kinds)))
-    return next(((code, other) for code, other in asked if other is not None), None)
+    """What a scheduled look asks about, in turn: one worker fewer, a smaller batch, one worker more; those of them that are possible."""
+    asked = (kind(state, scene, knobs) for kind in (_fewer, _smaller, _more))
+    possible = [(code, other) for code, other in asked if other is not None]
+    return possible[turn % len(possible)] if possible else None
 
 
 def _fewer(state: CardState, scene: Scene, knobs: Knobs) -> tuple[str, Knobs | None]:

@@ -7,6 +7,7 @@ ratio is follows from how many recordings each rests on, how many they share, an
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 
 import msgspec
 
@@ -15,7 +16,7 @@ from whisperd.dispatcher.optimiser.values import CPU, Card, Worker
 
 SETTLE_S = 8.0
 STEPS_MIN = 2
-COST_SIGMA = 0.42
+COST_SIGMA = 0.5
 """Spread of what a second of audio costs, between recordings (logarithm)."""
 LOCAL_SIGMA, LOCAL_S = 0.25, 30.0
 """The same within a recording, and for how long it lasts."""
@@ -92,33 +93,36 @@ def pace_of(state: CardState, card: Card, now: float) -> Pace | None:
 
 
 def compare(before: Pace, after: Pace, gpu: str) -> tuple[float, float]:
-    """(logarithm of how much faster, its standard deviation).
-
-    Workers that were there both times do the same recordings, so their own speeds say most: with more or fewer beside them all are alike,
-    and the sum follows. On the processor every worker is new when their number changes.
+    """(logarithm of how much faster, its standard deviation): of all workers together, or, where that is more certain, of those that were
+    there both times: with more or fewer beside them all are alike, and the sum follows. On the processor every worker is new when their
+    number changes.
     """
+    ways = [_compared(before, after, set(dict(before.speeds)), set(dict(after.speeds)))]
     common = set(dict(before.speeds)) & set(dict(after.speeds))
-    ratio_of_workers = math.log(after.knobs.workers / before.knobs.workers)
     if common and gpu != CPU:
-        first = sum(speed for worker, speed in before.speeds if worker in common)
-        second = sum(speed for worker, speed in after.speeds if worker in common)
-        share_before, share_after = len(common) / before.knobs.workers, len(common) / after.knobs.workers
-        gain = math.log(second / first) + ratio_of_workers
-        shared = _shared(before, after, share_before)
-    else:
-        gain = math.log(after.speed / before.speed)
-        share_before = share_after = 1.0
-        shared = 0.0
-    recordings = (max(1.0, before.recordings * share_before), max(1.0, after.recordings * share_after))
+        ways.append(_compared(before, after, common, common))
+    return min(ways, key=lambda way: way[1])
+
+
+def _compared(before: Pace, after: Pace, first: Set[int], second: Set[int]) -> tuple[float, float]:
+    """By the speeds of these workers. Recordings that both rest on say nothing of chance: each costs the same twice."""
+    shares = len(first) / before.knobs.workers, len(second) / after.knobs.workers
+    speeds = (
+        sum(speed for worker, speed in before.speeds if worker in first),
+        sum(speed for worker, speed in after.speeds if worker in second),
+    )
+    gain = math.log(speeds[1] / shares[1]) - math.log(speeds[0] / shares[0])
+    recordings = max(1.0, before.recordings * shares[0]), max(1.0, after.recordings * shares[1])
+    shared = _shared(before, after, shares)
     costs = COST_SIGMA**2 * max(0.0, 1 / recordings[0] + 1 / recordings[1] - 2 * shared / (recordings[0] * recordings[1]))
-    return gain, math.sqrt(costs + _noise(before, share_before) + _noise(after, share_after))
+    return gain, math.sqrt(costs + _noise(before, shares[0]) + _noise(after, shares[1]))
 
 
-def _shared(before: Pace, after: Pace, share: float) -> float:
-    """Recordings that both rest on: those in hand at the end of the first that had not ended by the end of the second, and half of
-    those that ended on the way."""
-    ended = max(0, after.done - before.done)
-    return max(0.0, before.in_hand * share - 0.5 * ended)
+def _shared(before: Pace, after: Pace, shares: tuple[float, float]) -> float:
+    """Recordings that both rest on: what leaves a worker's hands is handed out first, so they are those in hand at the end of the first,
+    as many as the second had, but for those that had ended by the end of the second, and half of those that ended on the way."""
+    ended = max(after.done - before.done, after.recordings - after.in_hand)
+    return max(0.0, min(before.in_hand * shares[0], after.recordings * shares[1]) - 0.5 * ended)
 
 
 def _noise(pace: Pace, share: float) -> float:
