@@ -30,8 +30,8 @@ FOREIGN_MIB, CREEP_MIB = 500.0, 32.0
 HOLD_S, HOLD_MAX_S, HOLD_MEMORY_S = 30.0, 300.0, 7200.0
 GROWN_S = 60.0
 """Others took memory so lately that they may want more."""
-CUT_S = 6.0
-"""A worker that was asked to leave has left by then."""
+CUT_S = 2.0
+"""So long is waited whether the first cut is enough: another program that is denied may give up."""
 
 HOT_S = 10.0
 HOT_AGAIN_S, HOT_RISING_AGAIN_S = 90.0, 20.0
