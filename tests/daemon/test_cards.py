@@ -139,6 +139,16 @@ def test_idle_engines_give_all_of_a_cards_memory_back(floor: NewFloor, cards: Ca
         life.until(lambda: life.serve(0) and used_mib(life, room.names[0]) == before, "all is given back")
 
 
+def test_peaks_of_a_cards_memory_are_kept(floor: NewFloor, cards: Callable[[int], Cards]) -> None:
+    """The most that an engine held of its card with each shape of a batch is in the ledger, by card, driver, model and precision."""
+    room = cards(1)
+    life = floor(room.engines(), engine=GPU)
+    life.drop("a", batches=[{"windows": 4, "vram_mib": 900}, {"windows": 4, "vram_mib": 1000}, {"windows": 4, "vram_mib": 950}])
+    life.until(lambda: life.all_in("a"), "it is done")
+    peaks = life.ledger.db.conn.execute("SELECT gpu, driver, compute_type, batch, beam, frames, peak_mib FROM vram_peak WHERE batch = 4")
+    assert list(peaks) == [(room.names[0], "570.11", "float16", 4, 5, 3000, 1000)]
+
+
 def test_a_lost_card_costs_no_attempt_and_the_other_goes_on(floor: NewFloor, cards: Callable[[int], Cards]) -> None:
     """One of two cards falls off the bus: its engines are killed at once, their files go on on the other, no attempt is spent; back again,
     it is used again."""
