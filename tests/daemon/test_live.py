@@ -389,8 +389,9 @@ def test_a_watcher_that_dies_with_a_request_in_its_hands(place: Installation, st
     assert_ledger_and_disk_agree(place)
 
 
-def test_everything_dies_at_once(place: Installation, studio: Studio, long_talk: Path) -> None:
+def test_everything_dies_at_once(long_place: Installation, studio: Studio, long_talk: Path) -> None:
     """All children killed together in the middle of the work: the daemon lives, and finishes it."""
+    place = long_place
     with place.daemon() as daemon:
         place.drop(long_talk, "long.wav")
         place.drop(studio.say(SENTENCES[0]), "short.wav")
