@@ -299,7 +299,7 @@ def test_one_kind_that_cannot_start_leaves_the_other_alone(floor: NewFloor, tmp_
     life.until(lambda: life.dispatcher.pool.blocked is not None, "one is blocked")
     life.drop("a")
     life.until(lambda: life.all_in("a"), "the other works")
-    assert life.states()["b"] == "ready"
+    life.until(lambda: life.states()["b"] == "ready", "the one whose model is absent is taken in all the same, and waits")
 
 
 def test_memory_that_does_not_suffice_for_loading_is_told_to_the_optimiser(stage: Callable[..., Stage], tmp_path: Path) -> None:
