@@ -472,7 +472,7 @@ def test_a_running_job_that_is_held_or_cancelled_is_dropped(floor: NewFloor) -> 
     for name in "cd":
         desk.cancel(life.rows()[name]["id"], time.time())
     desk.close()
-    life.until(lambda: life.in_hand() == {"a"}, "it goes on")
+    life.until(lambda: life.in_hand() == {"a"} and life.told("Transcribe")[-1]["job"] == jobs["a"], "it goes on")
     assert life.told("Transcribe")[-1]["windows_done"] >= 1
 
 

@@ -174,7 +174,7 @@ def test_somebodys_kill_blames_nobody(floor: NewFloor) -> None:
     life = floor(slots=3)
     for name in "abc":
         life.drop(name, windows=2, then="hold")
-    life.until(lambda: len(life.in_hand()) == 3, "three are in hand")
+    life.until(lambda: len(life.told("Transcribe")) == 3, "the engine has heard of three")
     os.kill(life.pids()[0], signal.SIGKILL)
     life.until(lambda: len(life.told("Transcribe")) == 6 and len(life.in_hand()) == 3, "they go on")
     assert {row["attempts"] for row in life.rows().values()} == {1}
