@@ -39,7 +39,7 @@ class Held(NamedTuple):
     children: int
     descriptors: int
     threads: int
-    shared_memory: frozenset[str]
+    shared_memory: frozenset[str]  # as it is mapped
     rss_kib: int
 
 
@@ -68,9 +68,15 @@ def held() -> Held:
         children=len(children),
         descriptors=len(os.listdir("/proc/self/fd")),
         threads=int(status["Threads"]),
-        shared_memory=frozenset(os.listdir("/dev/shm")),
+        shared_memory=_mapped(),
         rss_kib=int(status["VmRSS"].split()[0]),
     )
+
+
+def _mapped() -> frozenset[str]:
+    """Shared memory in this process's map. What lies in /dev/shm may be any program's."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return frozenset(line.split(None, 5)[5] for line in maps if "/dev/shm/" in line or "/memfd:" in line)
 
 
 def sizes(seed: int) -> Iterator[CardPlan]:
