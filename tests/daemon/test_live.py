@@ -311,7 +311,7 @@ def test_a_file_that_crashes_every_engine_is_set_aside(long_place: Installation,
     """Three engines die of SIGSEGV over one file: it is failed after exactly three attempts, its error file names the signal and
     the place in the recording; the files that were in hand with it, or waited behind it, are transcribed."""
     with long_place.daemon() as daemon:
-        long_place.drop(write_wav(tmp_path / "long.wav", samples_of(long_talk) * 5), "poison.wav")  # not done before its third death
+        long_place.drop(write_wav(tmp_path / "long.wav", samples_of(long_talk) * 20), "poison.wav")  # not done before its third death
         kept = 0
         for attempt in (1, 2, 3):
             kept = daemon.wait_until(windows_kept(b"poison.wav", kept), f"attempt {attempt} has made progress")
