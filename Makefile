@@ -9,7 +9,8 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/whisperd demo
 
 test: $(VENV)/.installed-dev lint
-	./scripts/debian-packages espeak-ng ffmpeg systemd dbus iproute2 gcc libc6-dev
+	./scripts/debian-packages espeak-ng ffmpeg systemd dbus iproute2 gcc libc6-dev strace e2fsprogs xfsprogs \
+		rsync samba smbclient openssh-client openssh-sftp-server
 	$(VENV)/bin/python -m pytest
 
 bench: $(VENV)/.installed-bench

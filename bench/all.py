@@ -29,6 +29,7 @@ MEASUREMENTS: dict[str, list[str]] = {  # the name it is saved under: script and
     "recovery": ["recovery"],
     "poison": ["poison"],
     "soak": ["soak"],
+    "scan": ["scan", "--files", "1000000"],
     "gpu": ["gpu"],
 }
 NEEDS_A_GPU = "gpu"

@@ -60,6 +60,7 @@ class Floor:
         *,
         inboxes: Sequence[dict[str, Any]] = ({},),
         engine_module: str = "scripted_engine",
+        examiner_module: str = "scripted_examiner",
         pace: Pace = HASTY,
         patience_s: float = PATIENCE_S,
         **changes: Any,
@@ -84,7 +85,8 @@ class Floor:
         self.loop = asyncio.new_event_loop()
         self.loop.set_exception_handler(self._failed)
         self._errors: list[BaseException] = []
-        self.dispatcher = Dispatcher(self.loop, self.ledger, Settings(**settings), engine_module=engine_module)
+        modules = {"engine_module": engine_module, "examiner_module": examiner_module}
+        self.dispatcher = Dispatcher(self.loop, self.ledger, Settings(**settings), **modules)
         self._began = time.monotonic()
         self._looked_at = self._woken_at = 0.0
         self._pinned: tuple[CardPlan, ...] | None = None
@@ -110,9 +112,9 @@ class Floor:
             planning.advice = advice
 
     def drop(self, name: str, *, inbox: str = "inbox", **script: Any) -> None:
-        """A recording: what the engine does with it."""
+        """A recording: what the engine does with it. No two have the same content, unless `content` says so."""
         aside = self.home / inbox / f"{name}.wav.part"
-        aside.write_text(json.dumps(script))
+        aside.write_text(json.dumps({"content": f"{inbox}/{name}", **script}))
         aside.rename(self.home / inbox / f"{name}.wav")
 
     def go(self, name: str) -> str:

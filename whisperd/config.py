@@ -7,13 +7,16 @@ docs/settings.md and etc/whisperd.toml are generated from the descriptions here 
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import tomllib
 from collections.abc import Iterator
+from ipaddress import ip_network
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from whisperd.errors import ConfigError
@@ -27,6 +30,8 @@ Language = Annotated[str, Field(pattern=r"^(auto|[a-z]{2,3})$")]
 Mode = Literal["batched", "sequential", "short_windows"]
 Channels = Literal["mix", "speakers"]
 ComputeType = Literal["int8", "int8_float16", "int8_float32", "int8_bfloat16", "float16", "bfloat16", "float32"]
+Outcome = Literal["done", "failed"]
+Afterwards = Literal["keep", "archive", "delete"]
 Hour = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 
@@ -139,6 +144,24 @@ class WatcherSettings(Section):
     ignore: tuple[str, ...] = Field((), description="Names to leave alone, beside the built-in list of temporary and NAS files.")
 
 
+class IntakeSettings(Section):
+    """What happens between a settled file and its turn."""
+
+    queue_max: int = Field(
+        1_000_000, ge=1, description="Files that wait their turn at most; what else lies in the inboxes is taken in when there is room."
+    )
+    ahead: int = Field(16, ge=1, le=1000, description="Files whose content is read (and copied from shares) ahead of their turn.")
+    spool: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether recordings are copied to state_dir/spool before their turn, so that a share may drop while they are "
+        "worked on. auto: from network shares only.",
+    )
+    spool_max_mib: int = Field(
+        16_384, ge=64, description="Copies take no more room than this; what is larger is read from the share while it is worked on."
+    )
+    free_min_mib: int = Field(1024, ge=0, description="So much stays free on the disk of state_dir: less, and files wait for room.")
+
+
 class BackoffSettings(Section):
     """When a file is tried again after a failure that may pass."""
 
@@ -182,6 +205,23 @@ class DispatcherSettings(Section):
     backoff: BackoffSettings = Field(default_factory=BackoffSettings, description="Pauses after failures that may pass.")
 
 
+class SubtitleSettings(Section):
+    """How srt and vtt are cut. The defaults are what broadcasters and streaming services ask for."""
+
+    line_chars: int = Field(42, ge=10, le=200, description="Characters in a line at most.")
+    lines: int = Field(2, ge=1, le=4, description="Lines of a subtitle at most.")
+    chars_per_s: float = Field(20.0, ge=5, le=100, description="Reading speed that a subtitle should not exceed.")
+    duration_min_s: float = Field(0.833, ge=0, le=5, description="A subtitle stays at least so long, where the next one leaves room.")
+    duration_max_s: float = Field(7.0, ge=1, le=60, description="Longer ones are divided.")
+    gap_min_s: float = Field(0.083, ge=0, le=1, description="Pause between two subtitles.")
+
+    @model_validator(mode="after")
+    def _one_fits(self) -> SubtitleSettings:
+        if self.duration_max_s <= self.duration_min_s:
+            raise ValueError("duration_max_s must be more than duration_min_s")
+        return self
+
+
 class OutboxSettings(Section):
     """What is written, where, and as what."""
 
@@ -194,6 +234,22 @@ class OutboxSettings(Section):
     )
     file_mode: str = Field("0664", pattern=r"^0?[0-7]{3}$", description="Mode of published files (octal).")
     directory_mode: str = Field("0775", pattern=r"^[0-7]?[0-7]{3}$", description="Mode of directories made in the outbox (octal).")
+    owner: str = Field("", description="User that published files are given to (a name or a number); empty: that of the inbox.")
+    group: str = Field("", description="Group of published files; empty: that of the inbox (a setgid outbox hands down its own).")
+    source: Afterwards = Field("keep", description="What becomes of a recording once its transcript is durable in the outbox.")
+    subtitles: SubtitleSettings = Field(default_factory=SubtitleSettings, description="How srt and vtt are cut.")
+
+    @field_validator("owner")
+    @classmethod
+    def _known_user(cls, owner: str) -> str:
+        user_number(owner)
+        return owner
+
+    @field_validator("group")
+    @classmethod
+    def _known_group(cls, group: str) -> str:
+        group_number(group)
+        return group
 
     @field_validator("formats")
     @classmethod
@@ -226,7 +282,50 @@ class HealthSettings(Section):
     backup_s: float = Field(3600.0, ge=60, description="How often the ledger is copied to state_dir/backup.")
     history_keep_days: float = Field(400.0, gt=0, description="Events of finished files are kept this long.")
     readings_keep_days: float = Field(30.0, gt=0, description="GPU readings, plans and throughput samples are kept this long.")
-    transcripts_keep_days: float = Field(30.0, gt=0, description="Staged copies of published transcripts are kept this long.")
+    transcripts_keep_days: float = Field(
+        400.0, gt=0, description="Copies of published transcripts are kept this long: the same recording again is published from them."
+    )
+    transcripts_max_mib: int = Field(4096, ge=16, description="They take no more room than this; the least recently used go first.")
+
+
+class WebhookSettings(Section):
+    """An address that is told of every finished file. Repeat the table for more."""
+
+    url: str = Field(..., pattern=r"^https?://[^\s]+$", description="Where to POST (JSON).")
+    secret: SecretStr = Field(
+        SecretStr(""), description='Signs each call as standardwebhooks.com says ("whsec_" and base64, or any text); empty: unsigned.'
+    )
+    events: tuple[Outcome, ...] = Field(("done", "failed"), min_length=1, description="What is told.")
+    allow: tuple[str, ...] = Field(
+        (), description='Networks that may be called though they are not public ("192.168.1.0/24"); without, private addresses are refused.'
+    )
+    timeout_s: float = Field(10.0, gt=0, le=120, description="A call that takes longer is tried again.")
+    attempts_max: int = Field(12, ge=1, le=100, description="Then it is given up; the pauses grow to an hour.")
+
+    @field_validator("allow")
+    @classmethod
+    def _networks(cls, allow: tuple[str, ...]) -> tuple[str, ...]:
+        for network in allow:
+            ip_network(network)
+        return allow
+
+
+class HookSettings(Section):
+    """A command that is run for every finished file, without a shell. Repeat the table for more."""
+
+    command: tuple[str, ...] = Field(
+        ..., min_length=1, description="Program (absolute) and arguments; the facts are in its environment: WHISPERD_JOB, WHISPERD_PATH, …."
+    )
+    events: tuple[Outcome, ...] = Field(("done", "failed"), min_length=1, description="What it is run for.")
+    timeout_s: float = Field(60.0, gt=0, le=3600, description="It is ended when it takes longer.")
+    attempts_max: int = Field(3, ge=1, le=100, description="Then it is given up.")
+
+    @field_validator("command")
+    @classmethod
+    def _absolute(cls, command: tuple[str, ...]) -> tuple[str, ...]:
+        if not os.path.isabs(command[0]):
+            raise ValueError("the program must be an absolute path")
+        return command
 
 
 class LogSettings(Section):
@@ -261,6 +360,12 @@ class InboxSettings(Section):
     path: str = Field(..., description="The directory recordings are dropped into (absolute). It must exist; it is never written to.")
     outbox: str = Field("", description='Where its transcripts go; empty means a directory "outbox" beside the inbox.')
     recursive: bool = Field(True, description="Also watch sub-directories; the outbox mirrors them.")
+    include: tuple[str, ...] | None = Field(None, min_length=1, description="Overrides watcher.include.")
+    ignore: tuple[str, ...] = Field(
+        (), description="Names to leave alone here; with a / in it, a pattern of the whole path below the inbox."
+    )
+    source: Afterwards | None = Field(None, description="Overrides outbox.source.")
+    archive: str = Field("", description='Where recordings go with source = "archive"; empty means a directory "archive" beside the inbox.')
     events: Literal["auto", "native", "polling"] = Field("auto", description="auto: inotify on local disks, polling on network shares.")
     priority: Literal["urgent", "normal", "low"] = Field("normal", description="Class of everything dropped here.")
     model: str | None = Field(None, min_length=1, description="Overrides engine.model for what is dropped here.")
@@ -272,7 +377,7 @@ class InboxSettings(Section):
     channels: Channels | None = Field(None, description="Overrides transcription.channels.")
     speakers: tuple[str, ...] | None = Field(None, max_length=8, description="Overrides transcription.speakers.")
 
-    @field_validator("path", "outbox")
+    @field_validator("path", "outbox", "archive")
     @classmethod
     def _absolute(cls, path: str) -> str:
         if path and not os.path.isabs(path):
@@ -282,6 +387,10 @@ class InboxSettings(Section):
     @property
     def outbox_path(self) -> str:
         return self.outbox or os.path.join(os.path.dirname(self.path), "outbox")
+
+    @property
+    def archive_path(self) -> str:
+        return self.archive or os.path.join(os.path.dirname(self.path), "archive")
 
 
 class Settings(BaseSettings):
@@ -294,12 +403,15 @@ class Settings(BaseSettings):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     transcription: TranscriptionSettings = Field(default_factory=TranscriptionSettings)
     watcher: WatcherSettings = Field(default_factory=WatcherSettings)
+    intake: IntakeSettings = Field(default_factory=IntakeSettings)
     dispatcher: DispatcherSettings = Field(default_factory=DispatcherSettings)
     outbox: OutboxSettings = Field(default_factory=OutboxSettings)
     health: HealthSettings = Field(default_factory=HealthSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     card: tuple[CardSettings, ...] = Field((), description="Limits of single GPUs.")
     quiet: tuple[QuietSettings, ...] = Field((), description="Hours in which GPUs are left to others.")
+    webhook: tuple[WebhookSettings, ...] = Field((), description="Addresses that are told of finished files.")
+    hook: tuple[HookSettings, ...] = Field((), description="Commands that are run for finished files.")
     inbox: tuple[InboxSettings, ...] = Field((), description="The directories to watch.")
 
     @classmethod
@@ -335,6 +447,8 @@ class Settings(BaseSettings):
                 raise ValueError(f"inbox {inbox.path} is its own outbox")
             if any(inbox.path.startswith(other.outbox_path.rstrip("/") + "/") for other in self.inbox):
                 raise ValueError(f"inbox {inbox.path} lies inside an outbox: transcripts would be dropped into it")
+            if inbox.archive_path == inbox.path or any(inbox.path.startswith(other.archive_path.rstrip("/") + "/") for other in self.inbox):
+                raise ValueError(f"inbox {inbox.path} lies inside an archive: what is finished would be dropped into it again")
         return self
 
     @model_validator(mode="after")
@@ -350,6 +464,26 @@ class Settings(BaseSettings):
         asked = {**self.transcription.model_dump(), "formats": self.outbox.formats}
         own = {name: value for name, value in inbox.model_dump().items() if name in asked and value is not None}
         return JobOptions(model=inbox.model or "auto", **{**asked, **own})
+
+
+def user_number(name: str) -> int:
+    """The number of a user by name or number; -1 for "". Raises ValueError when there is no such user."""
+    if not name or name.isdigit():
+        return int(name or -1)
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ValueError(f"there is no user {name}") from None
+
+
+def group_number(name: str) -> int:
+    """The number of a group by name or number; -1 for "". Raises ValueError when there is no such group."""
+    if not name or name.isdigit():
+        return int(name or -1)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ValueError(f"there is no group {name}") from None
 
 
 def load(path: str) -> Settings:

@@ -22,11 +22,11 @@ from loguru import logger
 from whisperd import __version__, config
 from whisperd.config import Settings
 from whisperd.dispatcher.dispatcher import Dispatcher
-from whisperd.dispatcher.staging import drop_older
+from whisperd.dispatcher.staging import drop, drop_orphans
 from whisperd.errors import ConfigError, StateDirError
 from whisperd.health.checks import Observation
 from whisperd.health.health import Acts, Health, disk_free_mib, memory_used_percent
-from whisperd.ledger.connection import LedgerStuck
+from whisperd.ledger.connection import LedgerBroken, LedgerBusy, LedgerStuck
 from whisperd.ledger.ledger import Ledger
 from whisperd.ledger.queries import Queries
 from whisperd.log import to_journal_or_stderr
@@ -201,7 +201,7 @@ class Daemon:
         self._loop.stop()
 
     def _fatal(self, error: BaseException) -> None:
-        if isinstance(error, LedgerStuck):  # a full disk is the environment's fault: files wait, and whoever started us tries again
+        if isinstance(error, (LedgerStuck, LedgerBusy, LedgerBroken, StateDirError)):  # a full disk is not our fault: files wait
             logger.bind(event="ledger_stuck").critical(f"{error}; ending, to be started again")
             self._exit_code = ENVIRONMENT
             self._loop.stop()
@@ -247,14 +247,14 @@ class Daemon:
             self._notifier.notify("STATUS=" + status_line(self._ledger.counts(), running=running, waits_for=self._blocked(), down=down))
 
     def _inboxes_down(self) -> list[str]:
-        return [inbox.down for inbox in self._dispatcher.intake.inboxes.values() if inbox.down]
+        return self._dispatcher.acceptance.down()
 
     def _outboxes_down(self) -> list[str]:
         return [writer.down for writer in self._dispatcher.delivery.writers.values() if writer.down]
 
     def _blocked(self) -> str:
         failure = self._dispatcher.pool.blocked
-        return "" if failure is None else f"{failure.what} ({failure.hint})"
+        return self._dispatcher.no_room() if failure is None else f"{failure.what} ({failure.hint})"
 
     def _model(self) -> str:
         choice = self._dispatcher.planning.choice
@@ -304,8 +304,8 @@ class Daemon:
         rows = self._ledger.prune(
             readings_before=now - limits.readings_keep_days * 86_400, events_before=now - limits.history_keep_days * 86_400
         )
-        wanted = frozenset(row["transcript"] for row in self._ledger.unpublished(limit=-1) if row["transcript"])
-        files = drop_older(self._settings.state_dir, now - limits.transcripts_keep_days * 86_400, wanted)
+        forgotten = self._ledger.drop_results(limits.transcripts_max_mib << 20, now - limits.transcripts_keep_days * 86_400)
+        files = drop(self._settings.state_dir, forgotten) + drop_orphans(self._settings.state_dir, self._ledger.needed_transcripts())
         if rows or files:
             logger.info(f"retention: {rows} rows and {files} staged transcripts dropped")
 

@@ -1,6 +1,6 @@
 """vocabulary: the nouns of whisperd, as frozen values.
 
-Owns: Sighting, State, Failure, Job options, Segment, Window, Transcript, Reading, Plan. No behaviour beyond what follows from
+Owns: Sighting, State, Failure, Media, Job options, Segment, Window, Transcript, Reading, Plan. No behaviour beyond what follows from
 the values themselves. All are msgspec structs: they travel over the wire and into the ledger as strict, typed JSON.
 Times are seconds since the epoch (`_at`), durations and positions in a recording are seconds (`_s`), names are bytes.
 """
@@ -65,6 +65,37 @@ class Sighting(Noun, frozen=True):
     def same_content(self, other: Sighting) -> bool:
         """Whether nothing suggests that the content differs. A device or inode number alone does not: remounts change both."""
         return (self.size, self.mtime_ns) == (other.size, other.mtime_ns)
+
+
+class Track(Noun, frozen=True):
+    """One audio track, by what its container says of it."""
+
+    number: int  # from 1
+    codec: str
+    language: str = ""  # ISO 639-2 as the container has it; "" when it says none
+    channels: int = 0
+    rate_hz: int = 0
+
+
+class Media(Noun, frozen=True):
+    """What a container says of a recording before anything is decoded."""
+
+    container: str
+    tracks: tuple[Track, ...]
+    duration_s: float | None = None
+    start_offset_s: float = 0.0  # how much later than the picture the sound begins
+    video: bool = False
+
+
+class SubtitleShape(Noun, frozen=True):
+    """How subtitles are cut (FEATURES F96)."""
+
+    line_chars: int = 42
+    lines: int = 2
+    chars_per_s: float = 20.0
+    duration_min_s: float = 0.833
+    duration_max_s: float = 7.0
+    gap_min_s: float = 0.083
 
 
 class JobOptions(Noun, frozen=True):
@@ -162,6 +193,7 @@ class Summary(Noun, frozen=True):
     tracks: int = 1
     channels: int = 1
     doubts: tuple[str, ...] = ()  # about the container: it may be cut off
+    start_offset_s: float = 0.0  # added to every time when it is shown: a film's sound may begin later than its picture
 
 
 class WindowVerdict(Noun, frozen=True):

@@ -22,7 +22,7 @@ from typing import ClassVar, Generic, TypeVar
 import msgspec
 
 from whisperd.errors import WhisperdError
-from whisperd.vocabulary import Failure, JobOptions, Reading, Sighting, Summary, Window
+from whisperd.vocabulary import Failure, JobOptions, Media, Reading, Sighting, SubtitleShape, Summary, Window
 
 FRAME_BYTES_MAX = 64 * 1024 * 1024
 DESCRIPTORS_MAX = 8
@@ -89,12 +89,40 @@ class WatcherReady(Message, frozen=True):
     events: str
 
 
+class Renamed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A file that was known under another name of the same inbox, and is not there any more."""
+
+    before: bytes
+    sighting: Sighting
+
+
 class Sightings(Message, frozen=True):
-    """watcher → daemon: what changed since the last report."""
+    """watcher → daemon: what changed since the last report.
+
+    `doubted` were finished once, and have kept their size and time, but not their inode or the time of their last change: only their
+    content can tell whether they are new work.
+    """
 
     seen: tuple[Sighting, ...] = ()
     settled: tuple[Sighting, ...] = ()
     vanished: tuple[bytes, ...] = ()
+    renamed: tuple[Renamed, ...] = ()
+    doubted: tuple[Sighting, ...] = ()
+
+
+class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A `.whisperd.toml` of a folder or a `name.whisperd.toml` of a file. `text` None: it is not there any more, `fault`: unreadable."""
+
+    path: bytes
+    text: str | None = None
+    fault: str = ""
+
+
+class Profiles(Message, frozen=True):
+    """watcher → daemon: profiles that are new or changed, always ahead of the sightings they speak of. `whole`: there are no others."""
+
+    files: tuple[ProfileFile, ...]
+    whole: bool = False
 
 
 class Scanned(Message, frozen=True):
@@ -104,6 +132,7 @@ class Scanned(Message, frozen=True):
     unsettled: int
     left_out: int
     took_s: float
+    network: bool = False  # the inbox lies on a share
 
 
 class InboxDown(Message, frozen=True):
@@ -128,7 +157,84 @@ class SourceLost(Message, frozen=True):
 
 
 WatcherIn = WatchInbox | OpenSource | ScanNow | Stop
-WatcherOut = WatcherReady | Sightings | Scanned | InboxDown | SourceOpened | SourceLost
+WatcherOut = WatcherReady | Profiles | Sightings | Scanned | InboxDown | SourceOpened | SourceLost
+
+
+# --- examiner ------------------------------------------------------------------------------------------------------------------
+
+
+class ServeInbox(Message, frozen=True):
+    """daemon → examiner: the caps on what media may ask of it, and the local directory for copies."""
+
+    spool: str
+    duration_max_s: float
+    channels_max: int
+    rate_max_hz: int
+
+
+class ExaminerReady(Message, frozen=True):
+    """examiner → daemon."""
+
+
+class Examine(Message, frozen=True):
+    """daemon → examiner, with the source's descriptor: what does its container say?"""
+
+    job: int
+
+
+class Examined(Message, frozen=True):
+    """examiner → daemon."""
+
+    job: int
+    media: Media
+
+
+class ExamineFailed(Message, frozen=True):
+    """examiner → daemon: permanent (it is no recording, or refused) or waiting (it cannot be read now)."""
+
+    job: int
+    failure: Failure
+
+
+class Take(Message, frozen=True):
+    """daemon → examiner, with the source's descriptor: hash the content; with `spool` copy it to the local disk on the way, under the
+    job's number, as long as `free_min_mib` stay free there."""
+
+    job: int
+    spool: bool
+    free_min_mib: int
+
+
+class Taking(Message, frozen=True):
+    """examiner → daemon: so much has been read; sent every two seconds while it goes on."""
+
+    job: int
+    done_bytes: int
+
+
+class Taken(Message, frozen=True):
+    """examiner → daemon: the whole content. Size, times and inode were the same before and after it was read."""
+
+    job: int
+    sha256: str
+    spooled: bool
+
+
+class TakeFailed(Message, frozen=True):
+    """examiner → daemon. Codes: changed_while_read, dropped; source_unreadable, spool_full, spool_unusable (waiting)."""
+
+    job: int
+    failure: Failure
+
+
+class Drop(Message, frozen=True):
+    """daemon → examiner: this job is no longer wanted; what was copied of it is removed."""
+
+    job: int
+
+
+ExaminerIn = ServeInbox | Examine | Take | Drop | Stop
+ExaminerOut = ExaminerReady | Examined | ExamineFailed | Taking | Taken | TakeFailed
 
 
 # --- engine --------------------------------------------------------------------------------------------------------------------
@@ -300,7 +406,10 @@ class ServeOutbox(Message, frozen=True):
     path: bytes
     file_mode: int
     directory_mode: int
-    like: bytes  # owner and group follow this directory, the inbox
+    like: bytes  # owner and group follow this directory, the inbox, where they are not named
+    uid: int = -1
+    gid: int = -1
+    subtitles: SubtitleShape = SubtitleShape()
 
 
 class Publish(Message, frozen=True):
@@ -314,12 +423,30 @@ class Publish(Message, frozen=True):
 
 
 class PublishError(Message, frozen=True):
-    """daemon → outbox: publish the error file of a failed source."""
+    """daemon → outbox: publish the error file of a failed source (or, with job 0, of a profile)."""
 
     job: int
     base: bytes
     text: str
     own: tuple[OwnFile, ...]
+
+
+class Withdraw(Message, frozen=True):
+    """daemon → outbox: remove a file of ours, if it still is as we wrote it; answered by Published without files."""
+
+    job: int
+    file: OwnFile
+
+
+class Dispose(Message, frozen=True):
+    """daemon → outbox: the transcript of this source is out: move the source into `archive` (keeping its sub-tree), or delete it when
+    that is empty. Only if it still is the file of the sighting, or of the same content by its sha256 ("": unknown)."""
+
+    job: int
+    inbox: bytes
+    sighting: Sighting
+    archive: bytes
+    sha256: str = ""
 
 
 class OutboxReady(Message, frozen=True):
@@ -348,8 +475,74 @@ class PublishFailed(Message, frozen=True):
     failure: Failure
 
 
-OutboxIn = ServeOutbox | Publish | PublishError | Stop
-OutboxOut = OutboxReady | Published | PublishFailed
+class Disposed(Message, frozen=True):
+    """outbox → daemon. `how`: archived, deleted, gone (somebody was faster), changed (another content lies there now, and stays)."""
+
+    job: int
+    how: str
+
+
+class DisposeFailed(Message, frozen=True):
+    """outbox → daemon: the source is where it was."""
+
+    job: int
+    failure: Failure
+
+
+OutboxIn = ServeOutbox | Publish | PublishError | Withdraw | Dispose | Stop
+OutboxOut = OutboxReady | Published | PublishFailed | Disposed | DisposeFailed
+
+
+# --- notifier ------------------------------------------------------------------------------------------------------------------
+
+
+class ServeNotifier(Message, frozen=True):
+    """daemon → notifier."""
+
+
+class NotifierReady(Message, frozen=True):
+    """notifier → daemon."""
+
+
+class CallWebhook(Message, frozen=True):
+    """daemon → notifier: POST `body`, signed as https://www.standardwebhooks.com says. `delivery` stays the same when it is tried again.
+
+    An address that is not public is only called when it lies in one of the networks `allow`.
+    """
+
+    notice: int
+    url: str
+    secret: str
+    delivery: str
+    body: bytes
+    allow: tuple[str, ...]
+    timeout_s: float
+
+
+class RunHook(Message, frozen=True):
+    """daemon → notifier: run a command without a shell; the environment carries the job's facts (WHISPERD_*)."""
+
+    notice: int
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    timeout_s: float
+
+
+class Notified(Message, frozen=True):
+    """notifier → daemon: told."""
+
+    notice: int
+
+
+class NotifyFailed(Message, frozen=True):
+    """notifier → daemon. Permanent: never try again (refused address, no such program)."""
+
+    notice: int
+    failure: Failure
+
+
+NotifierIn = ServeNotifier | CallWebhook | RunHook | Stop
+NotifierOut = NotifierReady | Notified | NotifyFailed
 
 
 # --- probe ---------------------------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_retry_fails_again_with_one_error_file(place: Installation, tmp_path: Pa
         assert set(place.published()) == {b"letter.mp3.error.txt"}
         assert_ledger_and_disk_agree(place)
     verbs = [event["verb"] for event in answer(place, "show", job)["events"]]
-    assert verbs.count("fail") == verbs.count("report") == 3
+    assert verbs.count("reject") == 1 and verbs.count("fail") == 2 and verbs.count("report") == 3
 
 
 def test_retry_of_a_file_that_can_be_read_now(place: Installation, studio: Studio) -> None:

@@ -166,9 +166,9 @@ def test_silence_is_no_failure_and_has_no_words(forty: Installation) -> None:
 
 @pytest.mark.parametrize("path", BAD, ids=lambda path: os.path.basename(path).decode().replace(" ", "-"))
 def test_every_bad_file_has_an_error_file_that_names_the_true_reason(forty: Installation, path: bytes) -> None:
-    """A file that cannot be transcribed fails at the first attempt, and the file beside the transcripts says why and what to do."""
+    """What cannot be transcribed fails before or at the first attempt, and the file beside the transcripts says why and what to do."""
     job = forty.job(path)
-    assert (job["state"], job["failure_kind"], job["attempts"]) == ("failed", "permanent", 1)
+    assert (job["state"], job["failure_kind"]) == ("failed", "permanent") and job["attempts"] <= 1
     text = forty.error_file(path)
     pattern = BAD[path]
     assert pattern in text or re.search(pattern, text), text

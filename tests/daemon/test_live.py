@@ -377,7 +377,7 @@ def test_a_watcher_that_dies_with_a_request_in_its_hands(place: Installation, st
         place.drop(studio.say(SENTENCES[1]), "beside.wav")
         daemon.wait_until(settled(b"beside.wav"), "its hands are full")
         place.drop(studio.say(SENTENCES[0]), "next.wav")
-        daemon.wait_until(waits(b"next.wav"), "another waits")
+        daemon.wait_until(lambda ledger: [row for row in ledger.jobs(state="ready") if row["sha256"]], "another waits, its content read")
         watcher = daemon.child(WATCHER)
         os.kill(watcher, signal.SIGSTOP)
         os.kill(engine, signal.SIGCONT)

@@ -145,6 +145,7 @@ def test_a_waiting_file_is_brought_forward(floor: NewFloor) -> None:
         life.drop(name, after=life.go(name))
         life.until(lambda name=name: life.states().get(name) in ("ready", "running"), f"{name} is there")
     life.until(lambda: life.in_hand() == {"first"}, "the first one is in hand")
+    life.until(lambda: all(row["sha256"] for row in life.rows().values()), "the contents of the others were read")
     desk = Ledger(str(life.home / "state"), epoch="desk")
     desk.prioritise(life.rows()["d"]["id"], 0, 1.0)
     desk.prioritise(life.rows()["a"]["id"], 2, 1.0)

@@ -108,10 +108,10 @@ def collection(shared_audio: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.timeout(0 if MODEL else 300)
 def test_nothing_crashes(collection: Collection) -> None:
-    """Every recording ends at its first attempt, done or failed by its own fault; no worker dies, nothing unforeseen is met."""
+    """Every recording ends without a second attempt, done or failed by its own fault; no worker dies, nothing unforeseen is met."""
     assert collection.run.code == 1, collection.run.err[-4000:]
     assert set(collection.rows) - set(collection.jobs) == set(NO_NAME_OF_A_RECORDING)
-    odd = {path: (job["state"], job["attempts"], job["failure_code"]) for path, job in collection.jobs.items() if job["attempts"] != 1}
+    odd = {path: (job["state"], job["attempts"], job["failure_code"]) for path, job in collection.jobs.items() if job["attempts"] > 1}
     assert not odd
     assert not {job["failure_code"] for job in collection.jobs.values()} & set(BLAMING_US)
     assert "Traceback" not in collection.run.err and "killed by" not in collection.run.err

@@ -75,10 +75,9 @@ class Hall:
 
     def hand_out(self) -> list[Job]:
         handed = []
-        inboxes = {work["inbox_id"] for work in self.waiting}
         while True:
             seats = [engine.seat(number) for number, engine in enumerate(self.engines)]
-            chosen = queueing.hand_out(self.waiting, seats, self.now, inboxes=inboxes, in_hand=self.in_hand(), turns=self.turns)
+            chosen = queueing.hand_out(self.waiting, seats, self.now, in_hand=self.in_hand(), turns=self.turns)
             if chosen is None:
                 return handed
             work, seat = dict(chosen[0]), chosen[1]

@@ -35,8 +35,7 @@ def handed(
     ready: Sequence[Job], *seats: Seat, now: float = 1.0, in_hand: Mapping[int, int] | None = None, turns: Turns | None = None
 ) -> tuple[int, int] | None:
     """(job, engine) of the next one handed out."""
-    known = {item["inbox_id"] for item in ready}
-    chosen = queueing.hand_out(ready, seats, now, inboxes=known, in_hand=in_hand or {}, turns=turns or Turns())
+    chosen = queueing.hand_out(ready, seats, now, in_hand=in_hand or {}, turns=turns or Turns())
     return None if chosen is None else (chosen[0]["id"], chosen[1].engine)
 
 
@@ -98,14 +97,6 @@ def test_inboxes_take_turns() -> None:
     """With one job at a time, the inboxes alternate."""
     ready = [*(row(number) for number in range(4)), *(row(10 + number, inbox=2, ready_at=100.0) for number in range(4))]
     assert order(ready, now=101.0) == [0, 10, 1, 11, 2, 12, 3, 13]
-
-
-def test_an_inbox_that_cannot_open_files_is_passed_over() -> None:
-    """A share that is down holds up nobody else."""
-    both = [row(1, inbox=7), row(2)]
-    chosen = queueing.hand_out(both, [seat(1)], 1.0, inboxes={1}, in_hand={}, turns=Turns())
-    assert chosen is not None and chosen[0]["id"] == 2
-    assert queueing.hand_out(both[:1], [seat(1)], 1.0, inboxes={1}, in_hand={}, turns=Turns()) is None
 
 
 # --- and to whom -----------------------------------------------------------------------------------------------------------------
@@ -222,7 +213,7 @@ def test_few_run_together_while_there_are_suspects() -> None:
 )
 def test_when_an_engine_for_suspects_is_wanted(ready: list[Job], seats: list[Seat], wanted: bool) -> None:
     """While suspects wait or run in it and the others have work beside them."""
-    assert queueing.wants_quarantine(ready, seats, inboxes={1}, model="m") is wanted
+    assert queueing.wants_quarantine(ready, seats, model="m") is wanted
 
 
 @given(
@@ -234,7 +225,7 @@ def test_suspects_are_alone_whatever_comes(jobs: list[tuple[bool, float, bool]],
     a usual engine stays empty only when nothing is left for it."""
     ready = [row(n, attempts=int(bad), ready_at=at, length_s=9 * LONG_S if long else 9.0) for n, (bad, at, long) in enumerate(jobs)]
     seats = [seat(n, 1 if bad else tasks, suspect=bad, quarantine=apart) for n, (tasks, bad, apart) in enumerate(engines)]
-    while (chosen := queueing.hand_out(ready, seats, 1.0, inboxes={1}, in_hand=Counter(), turns=Turns())) is not None:
+    while (chosen := queueing.hand_out(ready, seats, 1.0, in_hand=Counter(), turns=Turns())) is not None:
         job, taken = chosen
         assert taken.free > 0 and not taken.suspect
         bad = queueing.suspect(job)

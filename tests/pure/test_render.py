@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import msgspec
@@ -13,11 +12,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.subtitle_readers import Cue, read_srt, read_vtt, runs_forward
 from whisperd.outbox.failures import BadName, UnknownFormat
 from whisperd.outbox.names import NAME_BYTES_MAX, components, fit_name, temporary
 from whisperd.outbox.publish import Action, decide
-from whisperd.outbox.render import FORMATS, one_line, render, timestamp
-from whisperd.vocabulary import JobOptions, Quality, Segment, Summary, Transcript, Word
+from whisperd.outbox.render import FORMATS, render, timestamp
+from whisperd.outbox.subtitles import SHAPE, subtitles
+from whisperd.outbox.text import one_line, squeezed
+from whisperd.vocabulary import JobOptions, Quality, Segment, Summary, Transcript, Verdict, WindowVerdict, Word
 
 NASTY = [
     "00:00:01,000 --> 00:00:02,000",
@@ -87,66 +89,7 @@ TWO = transcript(
 )
 
 
-# --- two small strict readers --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Cue:
-    start_ms: int
-    end_ms: int
-    text: str
-    speaker: str = ""
-
-    @property
-    def said(self) -> str:
-        """The text as srt and tsv write it: they have no place of their own for the speaker."""
-        return f"{self.speaker}: {self.text}" if self.speaker else self.text
-
-
-def read_timing(line: str, comma: str) -> tuple[int, int]:
-    found = re.fullmatch(rf"(\d\d+):([0-5]\d):([0-5]\d){comma}(\d{{3}}) --> (\d\d+):([0-5]\d):([0-5]\d){comma}(\d{{3}})", line, re.ASCII)
-    assert found, line
-    figures = [int(figure) for figure in found.groups()]
-    start, end = (((h * 60 + m) * 60 + s) * 1000 + ms for h, m, s, ms in (figures[:4], figures[4:]))
-    return start, end
-
-
-def read_text(line: str) -> str:
-    assert line.strip() == line != ""
-    assert "-->" not in line
-    assert not re.search("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]", line)
-    return line
-
-
-def read_srt(data: bytes) -> list[Cue]:
-    if not data:
-        return []
-    text = data.decode("utf-8")
-    assert text.endswith("\n") and not text.endswith("\n\n")
-    found = []
-    for number, block in enumerate(text[:-1].split("\n\n"), 1):
-        head, timing, line = block.split("\n")
-        assert head == str(number)
-        found.append(Cue(*read_timing(timing, ","), read_text(line)))
-    return found
-
-
-def read_vtt(data: bytes) -> list[Cue]:
-    text = data.decode("utf-8")
-    assert text.endswith("\n") and not text.endswith("\n\n")
-    header, *blocks = text[:-1].split("\n\n")
-    assert header == "WEBVTT"
-    found = []
-    for block in blocks:
-        timing, line = block.split("\n")
-        read = re.fullmatch("(?:<v ((?:[^&<>]|&amp;|&lt;|&gt;)+)>)?((?:[^&<>]|&amp;|&lt;|&gt;)+)", read_text(line))
-        assert read, line
-        found.append(Cue(*read_timing(timing, "\\."), unescaped(read[2]), unescaped(read[1] or "")))
-    return found
-
-
-def unescaped(text: str) -> str:
-    return text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+# --- a small strict reader -----------------------------------------------------------------------------------------------------
 
 
 def read_tsv(data: bytes) -> list[Cue]:
@@ -155,18 +98,16 @@ def read_tsv(data: bytes) -> list[Cue]:
     found = []
     for row in rows:
         start, end, text = row.split("\t")
-        found.append(Cue(int(start), int(end), text))
+        found.append(Cue(int(start), int(end), (text,)))
     return found
 
 
-def runs_forward(found: list[Cue], speakers: Iterable[str] = ()) -> bool:
-    """Whether the cues run as the WebVTT specification asks: each ends after its start, they begin in order, and none lies over the next
-    one of the same speaker (`speakers` where the format does not tell)."""
-    by_speaker: dict[str, list[Cue]] = {}
-    for cue, speaker in zip(found, speakers or (cue.speaker for cue in found), strict=True):
-        by_speaker.setdefault(speaker, []).append(cue)
-    alone = all(one.end_ms <= two.start_ms for own in by_speaker.values() for one, two in pairwise(own))
-    return alone and all(cue.start_ms < cue.end_ms for cue in found) and all(one.start_ms <= two.start_ms for one, two in pairwise(found))
+def by_speaker(lines: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """All that each one says, without white space."""
+    found: dict[str, str] = {}
+    for name, text in lines:
+        found[name] = found.get(name, "") + squeezed(text)
+    return found
 
 
 # --- claims --------------------------------------------------------------------------------------------------------------------
@@ -175,9 +116,9 @@ def runs_forward(found: list[Cue], speakers: Iterable[str] = ()) -> bool:
 def test_what_each_format_looks_like() -> None:
     """The shapes are fixed to the byte."""
     assert render(TWO, "txt") == b"Hello & <welcome>\na --> b\n"
-    assert render(TWO, "srt") == (b"1\n00:00:00,000 --> 00:00:01,500\nHello & <welcome>\n\n2\n01:00:00,000 --> 01:02:03,005\na -> b\n")
+    assert render(TWO, "srt") == (b"1\n00:00:00,000 --> 00:00:01,500\nHello & <welcome>\n\n2\n01:00:00,000 --> 01:00:07,000\na -> b\n")
     assert render(TWO, "vtt") == (
-        b"WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHello &amp; &lt;welcome&gt;\n\n01:00:00.000 --> 01:02:03.005\na --&gt; b\n"
+        b"WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHello &amp; &lt;welcome&gt;\n\n01:00:00.000 --> 01:00:07.000\na --&gt; b\n"
     )
     assert render(TWO, "tsv") == b"start\tend\ttext\n0\t1500\tHello & <welcome>\n3600000\t3723005\ta --> b\n"
 
@@ -211,6 +152,7 @@ def test_json_carries_text_and_provenance() -> None:
         "channels": 1,
         "duration_s": 61.25,
         "speech_s": 40.5,
+        "start_offset_s": 0.0,
     }
     assert made["engine"] == {
         "version": "faster-whisper 1.2.1",
@@ -268,10 +210,14 @@ def test_strict_readers_read_back_every_text(made: list[Segment]) -> None:
     told = [full if change else line for change, full, (_, line) in zip(changes, said, lines, strict=True)]
     assert render(whole, "txt").decode() == "".join(f"{line}\n" for line in told)
     srt, vtt, tsv = read_srt(render(whole, "srt")), read_vtt(render(whole, "vtt")), read_tsv(render(whole, "tsv"))
-    assert [(cue.speaker, cue.text) for cue in vtt] == lines
-    assert [cue.said for cue in vtt] == [cue.text for cue in tsv] == said
-    assert [cue.text for cue in srt] == [re.sub("-{2,}>", "->", line) for line in said]
-    assert runs_forward(srt, names) and runs_forward(vtt) and runs_forward(tsv, names)
+    assert by_speaker((cue.speaker, cue.text) for cue in vtt) == by_speaker(lines)
+    assert [cue.text for cue in tsv] == said
+    assert all(cue.start_ms < cue.end_ms for cue in tsv)
+    shown = ("\n".join(one.lines) for one in subtitles(made, SHAPE, labels=True))
+    labels = (one.speaker for one in subtitles(made, SHAPE, labels=True))
+    wanted = [re.sub("-{2,}>", "->", f"{name}: {text}" if name else text) for name, text in zip(labels, shown, strict=True)]
+    assert ["\n".join(cue.lines) for cue in srt] == wanted
+    assert runs_forward(vtt)
 
 
 @settings(max_examples=100, deadline=None)
@@ -300,12 +246,13 @@ def test_overlapping_and_instant_segments() -> None:
     made = transcript(
         Segment(start_s=0, end_s=5, text="long"), Segment(start_s=3, end_s=3, text="now"), Segment(start_s=3, end_s=2, text="back")
     )
-    assert read_srt(render(made, "srt")) == [Cue(0, 3000, "long"), Cue(3000, 3001, "now"), Cue(3001, 3002, "back")]
+    assert read_tsv(render(made, "tsv")) == [Cue(0, 3000, ("long",)), Cue(3000, 3001, ("now",)), Cue(3001, 3002, ("back",))]
+    assert read_srt(render(made, "srt")) == [Cue(0, 2917, ("long",)), Cue(3000, 3001, ("now",)), Cue(3001, 3834, ("back",))]
 
 
 def test_speakers_are_named_and_may_talk_at_once() -> None:
-    """Each format says who speaks: txt where that changes, srt and tsv on every cue, vtt as voices, json as a field. A cue is cut short
-    by the next one of its own speaker only."""
+    """Each format says who speaks: txt where that changes, srt and tsv on every cue, vtt as voices, json as a field. A subtitle is cut
+    short by the next one of its own speaker only."""
     made = transcript(
         Segment(start_s=0, end_s=5, text="one", speaker="Anna"),
         Segment(start_s=2, end_s=3, text="two", speaker="B & <C>"),
@@ -315,18 +262,39 @@ def test_speakers_are_named_and_may_talk_at_once() -> None:
     )
     assert render(made, "txt").decode().splitlines() == ["Anna: one", "B & <C>: two", "Anna: three", "four", "five"]
     assert read_vtt(render(made, "vtt")) == [
-        Cue(0, 4000, "one", "Anna"),
-        Cue(2000, 3000, "two", "B & <C>"),
-        Cue(4000, 6000, "three", "Anna"),
-        Cue(6000, 7000, "four", "Anna"),
-        Cue(8000, 9000, "five"),
+        Cue(0, 3917, ("one",), "Anna"),
+        Cue(2000, 3000, ("two",), "B & <C>"),
+        Cue(4000, 5917, ("three",), "Anna"),
+        Cue(6000, 7000, ("four",), "Anna"),
+        Cue(8000, 9000, ("five",)),
     ]
     assert b"\n<v B &amp; &lt;C&gt;>two\n" in render(made, "vtt")
     assert [cue.text for cue in read_srt(render(made, "srt"))] == ["Anna: one", "B & <C>: two", "Anna: three", "Anna: four", "five"]
-    assert read_tsv(render(made, "tsv"))[1] == Cue(2000, 3000, "B & <C>: two")
+    assert read_tsv(render(made, "tsv"))[1] == Cue(2000, 3000, ("B & <C>: two",))
     read = json.loads(render(made, "json"))
     assert [segment.get("speaker") for segment in read["segments"]] == ["Anna", "B & <C>", "Anna", "Anna", None]
     assert read["text"] == render(made, "txt").decode().strip()
+
+
+def test_the_start_of_the_sound_is_compensated() -> None:
+    """Where the sound begins later than the picture, every time of every format is that much later, and json says by how much (F104).
+    Nothing is earlier than the recording."""
+    window = WindowVerdict(start_s=0.2, end_s=30.1, channel=0, language="en", language_probability=1.0, verdict=Verdict())
+    segment = Segment(start_s=1.0, end_s=2.5, text=" Hello there", words=(Word(start_s=1.0, end_s=2.0, text=" Hello", probability=1.0),))
+    late = msgspec.structs.replace(SUMMARY, start_offset_s=1.021)
+    made = msgspec.structs.replace(transcript(segment), summary=late, windows=(window,))
+    assert b"00:00:02,021 --> 00:00:03,521" in render(made, "srt")
+    assert b"00:00:02.021 --> 00:00:03.521" in render(made, "vtt")
+    assert b"\n2021\t3521\tHello there\n" in render(made, "tsv")
+    read = json.loads(render(made, "json"))
+    assert read["source"]["start_offset_s"] == 1.021
+    assert [(part["start"], part["end"]) for part in (*read["segments"], *read["segments"][0]["words"], *read["windows"])] == [
+        (2.021, 3.521),
+        (2.021, 3.021),
+        (1.221, 31.121),
+    ]
+    early = msgspec.structs.replace(made, summary=msgspec.structs.replace(SUMMARY, start_offset_s=-1.5))
+    assert b"\n0\t1000\tHello there\n" in render(early, "tsv")
 
 
 def test_json_marks_what_is_doubtful() -> None:

@@ -1,6 +1,9 @@
-"""What the watcher decides without a disk or a clock: names, settling, vanishing, the timetable."""
+"""What the watcher decides without a disk or a clock: names, settling, vanishing, renaming, doubting."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -8,10 +11,12 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from whisperd.vocabulary import Sighting
+from whisperd.watcher import known, settle
+from whisperd.watcher.known import KnownPaths, KnownRow
 from whisperd.watcher.names import Names
-from whisperd.watcher.pace import GAP_MIN_S, GAP_PER_SCAN, Pace
 from whisperd.watcher.scan import ScanResult
-from whisperd.watcher.settle import REPEAT_S, Known, Report, Settler
+from whisperd.watcher.settle import REPEAT_S, Report, Settler
+from whisperd.wire import Renamed
 
 DEV = 7
 QUIET_S = 10.0
@@ -21,18 +26,39 @@ def a_file(path: bytes = b"a.mp3", *, size: int = 100, mtime_ns: int = 1, ctime_
     return Sighting(path=path, dev=dev, inode=inode, size=size, mtime_ns=mtime_ns, ctime_ns=ctime_ns)
 
 
-def a_scan(*files: Sighting, complete: bool = True, hidden: tuple[bytes, ...] = (), dev: int = DEV, empty: bool = False) -> ScanResult:
-    return ScanResult(
-        sightings={file.path: file for file in files}, complete=complete, hidden=dict.fromkeys(hidden, "denied"), dev=dev, empty=empty
+class Scan(NamedTuple):
+    """What one scan finds."""
+
+    files: tuple[Sighting, ...]
+    result: ScanResult
+
+
+def a_scan(*files: Sighting, complete: bool = True, hidden: tuple[bytes, ...] = (), dev: int = DEV, empty: bool = False) -> Scan:
+    return Scan(files, ScanResult(complete=complete, hidden=dict.fromkeys(hidden, "denied"), dev=dev, empty=empty))
+
+
+def a_row(file: Sighting, state: str) -> KnownRow:
+    return file.path, file.dev, file.inode, file.size, file.mtime_ns, file.ctime_ns, state
+
+
+def a_settler(writers: Callable[[Sighting], bool] = lambda _: False) -> Settler:
+    return Settler(QUIET_S, writers)
+
+
+def look(settler: Settler, scan: Scan, now: float, *known: KnownRow, took_s: float = 0.0, everything: bool = True) -> Report:
+    """One scan, begun at `now`, against a ledger with these rows."""
+    table, dev = KnownPaths(known), scan.result.dev
+    settler.ledger_moved(table)
+    settler.begin(everything=everything)
+    table.begin()
+    settler.observe(
+        [(file.path, file.inode, file.size, file.mtime_ns, file.ctime_ns) for file in scan.files], dev, table, now, now + took_s
     )
 
+    def twins(sighting: Sighting) -> list[tuple[bytes, int, str]]:
+        return [(row[0], row[1], row[6]) for row in known if row[2:5] == (sighting.inode, sighting.size, sighting.mtime_ns)]
 
-def a_row(file: Sighting, state: str) -> Known:
-    return Known(file.dev, file.size, file.mtime_ns, state)
-
-
-def look(settler: Settler, scan: ScanResult, now: float, known: dict[bytes, Known] | None = None, *, written: bool = False) -> Report:
-    return settler.observe(scan, known or {}, now, 0.0, lambda _: written)
+    return settler.finish(scan.result, table, now, lambda: known, twins)
 
 
 # --- settling ---
@@ -40,7 +66,7 @@ def look(settler: Settler, scan: ScanResult, now: float, known: dict[bytes, Know
 
 def test_a_new_file_is_seen_once_and_settled_once_after_the_quiet_period() -> None:
     """Each change travels once; `unsettled` counts the file only while it is waited for."""
-    settler, scan = Settler(QUIET_S), a_scan(a_file())
+    settler, scan = a_settler(), a_scan(a_file())
     first = look(settler, scan, 0)
     assert (first.seen, first.settled, first.unsettled) == ([a_file()], [], 1)
     assert settler.next_look() == QUIET_S
@@ -54,7 +80,7 @@ def test_a_new_file_is_seen_once_and_settled_once_after_the_quiet_period() -> No
 @pytest.mark.parametrize("change", [{"size": 101}, {"mtime_ns": 2}, {"ctime_ns": 2}, {"inode": 2}])
 def test_any_change_begins_the_quiet_period_anew(change: dict[str, int]) -> None:
     """Size, mtime, ctime and inode all have to stand still; the change itself is told."""
-    settler, changed = Settler(QUIET_S), structs.replace(a_file(), **change)
+    settler, changed = a_settler(), structs.replace(a_file(), **change)
     look(settler, a_scan(a_file()), 0)
     assert look(settler, a_scan(changed), 9).seen == [changed]
     assert look(settler, a_scan(changed), 18.9).settled == []
@@ -63,8 +89,8 @@ def test_any_change_begins_the_quiet_period_anew(change: dict[str, int]) -> None
 
 def test_the_quiet_period_lies_between_two_looks_however_long_the_scan_took() -> None:
     """A file may have been looked at as late as the end of the first scan and as early as the start of the second."""
-    settler, scan = Settler(QUIET_S), a_scan(a_file())
-    settler.observe(scan, {}, 0, 30, lambda _: False)
+    settler, scan = a_settler(), a_scan(a_file())
+    look(settler, scan, 0, took_s=30)
     assert look(settler, scan, 39.9).settled == []
     assert look(settler, scan, 40).settled == [a_file()]
 
@@ -77,17 +103,17 @@ def test_a_file_that_somebody_writes_to_waits_and_is_not_asked_about_before_it_i
         asked.append(sighting.path)
         return len(asked) < 3
 
-    settler, scan = Settler(QUIET_S), a_scan(a_file())
+    settler, scan = a_settler(written), a_scan(a_file())
     for now in (0, 5):
-        settler.observe(scan, {}, now, 0, written)
+        look(settler, scan, now)
     assert asked == []
-    results = [settler.observe(scan, {}, now, 0, written) for now in (10, 20, 30)]
+    results = [look(settler, scan, now) for now in (10, 20, 30)]
     assert [(len(report.settled), report.unsettled) for report in results] == [(0, 1), (0, 1), (1, 0)]
 
 
 def test_an_empty_file_and_one_from_the_future_settle_as_any_other() -> None:
     """They become jobs, which fail with a plain reason where the operator can read it."""
-    settler, scan = Settler(QUIET_S), a_scan(a_file(b"empty.wav", size=0), a_file(b"later.wav", mtime_ns=2**62))
+    settler, scan = a_settler(), a_scan(a_file(b"empty.wav", size=0), a_file(b"later.wav", mtime_ns=2**62))
     look(settler, scan, 0)
     assert {file.path for file in look(settler, scan, 10).settled} == {b"empty.wav", b"later.wav"}
 
@@ -98,7 +124,7 @@ def test_an_empty_file_and_one_from_the_future_settle_as_any_other() -> None:
 @pytest.mark.parametrize("state", ["ready", "running", "transcribed", "done", "failed", "cancelled"])
 def test_what_the_ledger_has_beyond_seen_is_no_news(state: str) -> None:
     """The same content again is not new work; a remount (another inode, another device) is no news either."""
-    settler, known = Settler(QUIET_S), {b"a.mp3": a_row(a_file(), state)}
+    settler, known = a_settler(), a_row(a_file(), state)
     for now in (0, 10, 20):
         report = look(settler, a_scan(a_file(inode=9, dev=8), dev=8), now, known)
         assert (report.seen, report.settled, report.vanished, report.unsettled) == ([], [], [], 0)
@@ -107,20 +133,20 @@ def test_what_the_ledger_has_beyond_seen_is_no_news(state: str) -> None:
 @pytest.mark.parametrize("state", ["seen", "ready", "running", "done", "failed", "cancelled", "gone"])
 def test_new_content_under_an_old_name_is_new_work(state: str) -> None:
     """Whatever became of the old content."""
-    settler, known = Settler(QUIET_S), {b"a.mp3": a_row(a_file(size=1), state)}
+    settler, known = a_settler(), a_row(a_file(size=1), state)
     assert look(settler, a_scan(a_file()), 0, known).seen == [a_file()]
     assert look(settler, a_scan(a_file()), 10, known).settled == [a_file()]
 
 
 def test_a_file_that_comes_back_after_it_was_gone_is_new_work() -> None:
     """A job that is gone does not describe what lies there now, even if it is the same."""
-    settler, known = Settler(QUIET_S), {b"a.mp3": a_row(a_file(), "gone")}
+    settler, known = a_settler(), a_row(a_file(), "gone")
     assert look(settler, a_scan(a_file()), 0, known).seen == [a_file()]
 
 
 def test_after_a_restart_a_seen_file_is_not_told_again_but_its_quiet_period_begins_anew() -> None:
     """Nothing is known of what happened while nobody watched."""
-    settler, known = Settler(QUIET_S), {b"a.mp3": a_row(a_file(), "seen")}
+    settler, known = a_settler(), a_row(a_file(), "seen")
     first = look(settler, a_scan(a_file()), 0, known)
     assert (first.seen, first.settled, first.unsettled) == ([], [], 1)
     assert look(settler, a_scan(a_file()), 10, known).settled == [a_file()]
@@ -128,22 +154,22 @@ def test_after_a_restart_a_seen_file_is_not_told_again_but_its_quiet_period_begi
 
 def test_what_the_ledger_does_not_show_in_time_is_told_again() -> None:
     """A settled file that is still `seen` is settled again, ever more rarely; one whose job has gone meanwhile begins anew."""
-    settler, scan, known = Settler(QUIET_S), a_scan(a_file()), {b"a.mp3": a_row(a_file(), "seen")}
+    settler, scan, known = a_settler(), a_scan(a_file()), a_row(a_file(), "seen")
     look(settler, scan, 0, known)
     look(settler, scan, 10, known)
     assert settler.next_look() == 10 + REPEAT_S
     assert look(settler, scan, 10 + REPEAT_S, known).settled == [a_file()]
     assert settler.next_look() == 10 + 3 * REPEAT_S
-    gone = look(settler, scan, 10 + 3 * REPEAT_S, {b"a.mp3": a_row(a_file(), "gone")})
+    gone = look(settler, scan, 10 + 3 * REPEAT_S, a_row(a_file(), "gone"))
     assert (gone.seen, gone.settled, gone.unsettled) == ([a_file()], [], 1)
 
 
 def test_a_watcher_at_rest_wants_nothing() -> None:
     """Once the ledger shows everything, no scan is due but the regular one."""
-    settler, scan = Settler(QUIET_S), a_scan(a_file())
+    settler, scan = a_settler(), a_scan(a_file())
     look(settler, scan, 0)
     look(settler, scan, 10)
-    look(settler, scan, 11, {b"a.mp3": a_row(a_file(), "ready")})
+    look(settler, scan, 11, a_row(a_file(), "ready"))
     assert settler.next_look() is None
 
 
@@ -156,45 +182,175 @@ def test_a_watcher_at_rest_wants_nothing() -> None:
 )
 def test_only_jobs_that_still_wait_for_their_source_vanish(state: str, vanishes: bool) -> None:
     """A running job has its file open; a finished one does not need it."""
-    report = look(Settler(QUIET_S), a_scan(a_file(b"other.mp3")), 0, {b"a.mp3": a_row(a_file(), state)})
+    report = look(a_settler(), a_scan(a_file(b"other.mp3", inode=2)), 0, a_row(a_file(), state))
     assert report.vanished == ([b"a.mp3"] if vanishes else [])
 
 
 def test_a_file_that_is_waited_for_vanishes_before_the_ledger_shows_it() -> None:
     """And is told once, until the ledger had its time to follow."""
-    settler = Settler(QUIET_S)
+    settler = a_settler()
     look(settler, a_scan(a_file()), 0)
     gone = look(settler, a_scan(), 1)
     assert (gone.vanished, gone.unsettled) == ([b"a.mp3"], 0)
-    assert look(settler, a_scan(), 2, {b"a.mp3": a_row(a_file(), "seen")}).vanished == []
-    assert look(settler, a_scan(), 1 + REPEAT_S, {b"a.mp3": a_row(a_file(), "seen")}).vanished == [b"a.mp3"]
+    assert look(settler, a_scan(), 2, a_row(a_file(), "seen")).vanished == []
+    assert look(settler, a_scan(), 1 + REPEAT_S, a_row(a_file(), "seen")).vanished == [b"a.mp3"]
 
 
 def test_what_lies_in_a_directory_that_cannot_be_entered_has_not_vanished() -> None:
     """The rest of the inbox can still vanish."""
-    known = {path: a_row(a_file(path), "ready") for path in (b"locked/a.mp3", b"locked.mp3")}
-    report = look(Settler(QUIET_S), a_scan(hidden=(b"locked",)), 0, known)
+    known = [a_row(a_file(path), "ready") for path in (b"locked/a.mp3", b"locked.mp3")]
+    report = look(a_settler(), a_scan(hidden=(b"locked",)), 0, *known)
     assert report.vanished == [b"locked.mp3"]
 
 
 def test_nothing_vanishes_from_another_device_unless_a_known_file_vouches_for_it() -> None:
     """Another filesystem where the inbox was is no proof; a file of the old device that is still there is."""
-    known = {b"a.mp3": a_row(a_file(), "ready"), b"b.mp3": a_row(a_file(b"b.mp3"), "done")}
-    assert look(Settler(QUIET_S), a_scan(a_file(b"c.mp3", dev=8), dev=8), 0, known).vanished == []
-    assert look(Settler(QUIET_S), a_scan(a_file(b"b.mp3", dev=8), dev=8), 0, known).vanished == [b"a.mp3"]
+    known = [a_row(a_file(), "ready"), a_row(a_file(b"b.mp3"), "done")]
+    assert look(a_settler(), a_scan(a_file(b"c.mp3", dev=8), dev=8), 0, *known).vanished == []
+    assert look(a_settler(), a_scan(a_file(b"b.mp3", dev=8), dev=8), 0, *known).vanished == [b"a.mp3"]
 
 
 def test_a_bare_mount_point_is_told_from_an_empty_inbox() -> None:
     """Empty and on another device than what is still needed, or than what was there a moment ago."""
-    needed, done = {b"a.mp3": a_row(a_file(), "ready")}, {b"a.mp3": a_row(a_file(), "done")}
+    needed, done = a_row(a_file(), "ready"), a_row(a_file(), "done")
     bare = a_scan(dev=8, empty=True)
-    assert Settler(QUIET_S).looks_unmounted(bare, needed)
-    assert not Settler(QUIET_S).looks_unmounted(bare, done)
-    assert not Settler(QUIET_S).looks_unmounted(a_scan(empty=True), needed)
-    assert not Settler(QUIET_S).looks_unmounted(a_scan(a_file(b"c.mp3", dev=8), dev=8), needed)
-    settler = Settler(QUIET_S)
+    assert a_settler().looks_unmounted(bare.result, KnownPaths([needed]))
+    assert not a_settler().looks_unmounted(bare.result, KnownPaths([done]))
+    assert not a_settler().looks_unmounted(a_scan(empty=True).result, KnownPaths([needed]))
+    assert not a_settler().looks_unmounted(a_scan(a_file(b"c.mp3", dev=8), dev=8).result, KnownPaths([needed]))
+    settler = a_settler()
     look(settler, a_scan(a_file()), 0, done)
-    assert settler.looks_unmounted(bare, done)
+    assert settler.looks_unmounted(bare.result, KnownPaths([done]))
+
+
+def test_a_skip_marker_takes_back_what_was_only_seen() -> None:
+    """What is ready stays, though it is not looked at any more; what is waited for is forgotten."""
+    settler, scan = a_settler(), a_scan()
+    look(settler, a_scan(a_file(b"d/new.mp3", inode=4)), 0)
+    scan.result.marked.add(b"d")
+    rows = [a_row(a_file(b"d/seen.mp3"), "seen"), a_row(a_file(b"d/ready.mp3"), "ready"), a_row(a_file(b"dd.mp3"), "ready")]
+    assert look(settler, scan, 1, *rows).vanished == [b"d/new.mp3", b"d/seen.mp3", b"dd.mp3"]
+
+
+def test_a_directory_that_was_not_listed_proves_nothing() -> None:
+    """Its files are neither gone nor forgotten; those of a directory that was listed are gone."""
+    settler, scan = a_settler(), a_scan()
+    look(settler, a_scan(a_file(b"old/new.mp3", inode=4)), 0)
+    scan.result.unlisted.add(b"old")
+    rows = [a_row(a_file(b"old/a.mp3"), "ready"), a_row(a_file(b"b.mp3"), "ready")]
+    report = look(settler, scan, 1, *rows, everything=False)
+    assert (report.vanished, report.unsettled) == ([b"b.mp3"], 1)
+    assert look(settler, a_scan(a_file(b"old/new.mp3", inode=4)), 10).settled == [a_file(b"old/new.mp3", inode=4)]
+
+
+# --- renamed ---
+
+
+@pytest.mark.parametrize("state", ["seen", "ready", "running"])
+def test_a_file_under_another_name_is_renamed(state: str) -> None:
+    """Its job goes on under the new name, told once; nothing has vanished, and it settles as any other (its change time is new)."""
+    settler, row, moved = a_settler(), a_row(a_file(), state), a_file(b"d/b.mp3", ctime_ns=9)
+    report = look(settler, a_scan(moved), 0, row)
+    assert report.renamed == [Renamed(before=b"a.mp3", sighting=moved)]
+    assert (report.seen, report.vanished) == ([], [])
+    report = look(settler, a_scan(moved), 1, a_row(moved, state))
+    assert (report.renamed, report.seen, report.vanished) == ([], [], [])
+
+
+def test_what_only_resembles_a_rename_is_a_new_file() -> None:
+    """The old name is still there (a hard link), the scan is not complete, the job is over, another time, size or device."""
+    row, moved = a_row(a_file(), "ready"), a_file(b"b.mp3")
+    cases = [
+        (a_scan(a_file(), moved), row),
+        (a_scan(moved, complete=False), row),
+        (a_scan(moved, hidden=(b"a.mp3",)), row),
+        (a_scan(moved), a_row(a_file(), "done")),
+        (a_scan(moved), a_row(a_file(size=1), "ready")),
+        (a_scan(moved), a_row(a_file(mtime_ns=5), "ready")),
+        (a_scan(a_file(b"b.mp3", dev=8), dev=8), row),
+    ]
+    for scan, other in cases:
+        report = look(a_settler(), scan, 0, other)
+        assert (report.renamed, [file.path for file in report.seen]) == ([], [b"b.mp3"])
+
+
+def test_one_job_is_renamed_once() -> None:
+    """Two new names of one inode: one of them is the old file, the other is new work."""
+    report = look(a_settler(), a_scan(a_file(b"b.mp3"), a_file(b"c.mp3")), 0, a_row(a_file(), "ready"))
+    assert ([one.sighting.path for one in report.renamed], [file.path for file in report.seen]) == ([b"b.mp3"], [b"c.mp3"])
+
+
+# --- doubted ---
+
+
+@pytest.mark.parametrize("state", ["transcribed", "done", "failed", "cancelled"])
+@pytest.mark.parametrize("touched", [a_file(ctime_ns=9), a_file(inode=9)])
+def test_a_finished_file_that_was_touched_is_doubted_once(state: str, touched: Sighting) -> None:
+    """Size and time are the same, so only its content can tell. The ledger's answer ends the doubt; another touch begins a new one."""
+    settler = a_settler()
+    assert look(settler, a_scan(touched), 0, a_row(a_file(), state)).doubted == [touched]
+    assert look(settler, a_scan(touched), 1, a_row(a_file(), state)).doubted == []
+    again = structs.replace(touched, ctime_ns=10)
+    assert look(settler, a_scan(again), 2, a_row(a_file(), state)).doubted == [again]
+    assert look(settler, a_scan(again), 3, a_row(again, state)).doubted == []
+    assert look(settler, a_scan(touched), 4, a_row(again, state)).doubted == [touched]
+
+
+def test_a_remount_and_a_filesystem_without_lasting_inodes_raise_no_doubt() -> None:
+    """Another device explains everything; some network filesystems number their files anew whenever they like."""
+    assert look(a_settler(), a_scan(a_file(inode=9, ctime_ns=9, dev=8), dev=8), 0, a_row(a_file(), "done")).doubted == []
+    settler = a_settler()
+    settler.steady_inodes = False
+    assert look(settler, a_scan(a_file(inode=9)), 0, a_row(a_file(), "done")).doubted == []
+    assert look(settler, a_scan(a_file(ctime_ns=9)), 1, a_row(a_file(), "done")).doubted != []
+    look(settler, a_scan(a_file(b"b.mp3")), 2)
+    assert look(settler, a_scan(a_file(b"b.mp3", inode=7)), 12).settled == [a_file(b"b.mp3")]
+
+
+# --- very many ---
+
+
+def test_files_beyond_those_that_are_waited_for_have_their_turn_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are told as seen at once; each settles after a quiet period of its own, and all count as unsettled until then."""
+    monkeypatch.setattr(settle, "WAITS_MAX", 2)
+    settler, files = a_settler(), [a_file(b"%d.mp3" % number, inode=number) for number in range(3)]
+    seen = [a_row(file, "seen") for file in files]
+    report = look(settler, a_scan(*files), 0)
+    assert (report.seen, report.unsettled, settler.has_room) == (files, 3, False)
+    first = look(settler, a_scan(*files), 10, *seen)
+    assert (len(first.settled), first.unsettled) == (2, 1)
+    rows = [a_row(file, "ready" if file in first.settled else "seen") for file in files]
+    look(settler, a_scan(), 11, *rows, everything=False)
+    assert settler.has_room
+    assert settler.next_look() == 11
+    assert look(settler, a_scan(*files), 12, *rows).settled == []
+    last = look(settler, a_scan(*files), 22, *rows)
+    assert {file.path for file in first.settled + last.settled} == {file.path for file in files}
+    assert last.unsettled == 0
+
+
+def test_known_paths_follow_the_ledger() -> None:
+    """Rows change in place, new ones join (and are not missed by a walk that began without them), forgotten ones leave."""
+    table = KnownPaths(a_row(a_file(b"%d.mp3" % number, inode=number), "ready") for number in range(100))
+    table.begin()
+    table.update([a_row(a_file(b"5.mp3"), "done"), a_row(a_file(b"new.mp3"), "ready")])
+    assert len(table) == 101
+    five, new, none = table.lookup([b"5.mp3", b"new.mp3", b"none.mp3"])
+    assert (five and five.state, new and new.size, none) == ("done", 100, None)
+    table.forget([b"7.mp3", b"none.mp3"])
+    missed = table.absent({DEV}, set(), lambda: ())
+    assert {path for path, _ in missed} == {b"%d.mp3" % number for number in range(100)} - {b"5.mp3", b"7.mp3"}
+    assert table.absent({8}, set(), lambda: ()) == []
+    assert table.absent({DEV}, {b""}, lambda: ()) == []
+
+
+def test_paths_that_are_not_at_hand_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only so many are kept."""
+    monkeypatch.setattr(known, "PATHS_MAX", 1)
+    rows = [a_row(a_file(path), "ready") for path in (b"a.mp3", b"b.mp3", b"c.mp3")]
+    table = KnownPaths(rows)
+    table.begin()
+    assert {path for path, _ in table.absent({DEV}, set(), lambda: rows)} == {b"a.mp3", b"b.mp3", b"c.mp3"}
 
 
 # --- for every history ---
@@ -219,23 +375,24 @@ rounds = st.lists(
 @given(rounds)
 def test_for_every_history(history: list[tuple[float, float, dict[bytes, dict[str, int]], bool, bool]]) -> None:
     """Settled: unchanged in every scan since one that ended a quiet period ago, and not written. Vanished: missed by a complete scan."""
-    settler, now = Settler(QUIET_S), 0.0
+    writing = False
+    settler, now = a_settler(lambda _: writing), 0.0
     unchanged_since: dict[bytes, tuple[Sighting, float]] = {}
     for pause_s, took_s, files, complete, written in history:
-        now += pause_s
+        now, writing = now + pause_s, written
         scan = a_scan(*(structs.replace(a_file(path), **content) for path, content in files.items()), complete=complete)
-        report = settler.observe(scan, {}, now, took_s, lambda _, written=written: written)  # type: ignore[misc]
+        report = look(settler, scan, now, took_s=took_s)
         for sighting in report.settled:
             before, since = unchanged_since[sighting.path]
             assert before == sighting
             assert now >= since + QUIET_S
             assert not written
         assert not report.vanished or complete
-        assert not set(report.vanished) & scan.sightings.keys()
+        assert not set(report.vanished) & files.keys()
         assert not {file.path for file in report.seen} & {file.path for file in report.settled}
-        for path, sighting in scan.sightings.items():
-            if unchanged_since.get(path, (None,))[0] != sighting:
-                unchanged_since[path] = (sighting, now + took_s)
+        for sighting in scan.files:
+            if unchanged_since.get(sighting.path, (None,))[0] != sighting:
+                unchanged_since[sighting.path] = (sighting, now + took_s)
         for path in report.vanished:
             unchanged_since.pop(path, None)
         now += took_s
@@ -293,6 +450,26 @@ def test_include_patterns_decide_what_a_recording_is() -> None:
     assert Names([], []).is_recording(b"anything")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "matching", "others"),
+    [
+        ("old/*", [b"old/a.mp3", b"OLD/b"], [b"old/x/a.mp3", b"old", b"very/old/a.mp3", b"older/a"]),
+        ("old/**", [b"old/a.mp3", b"old/x/a.mp3"], [b"very/old/a.mp3", b"old"]),
+        ("**/raw", [b"raw", b"a/raw", b"a/b/raw"], [b"draw", b"raw/a"]),
+        ("/a/?.mp3", [b"a/b.mp3"], [b"a/bb.mp3", b"b/a/b.mp3", b"a//.mp3"]),
+        ("a/[!x].[mw]*", [b"a/b.wav", b"a/b.mp3"], [b"a/x.mp3", b"a/b.ogg", b"a//.mp3"]),
+        ("a/**/z", [b"a/z", b"a/b/z", b"a/b/c/z"], [b"a/bz", b"az"]),
+        ("Entw\u00fcrfe/[a", ["Entwu\u0308rfe/[A".encode()], [b"a"]),
+        ("a/b\n", [b"a/B\n"], [b"a/b"]),
+    ],
+)
+def test_ignore_patterns_with_a_slash_are_about_whole_paths(pattern: str, matching: list[bytes], others: list[bytes]) -> None:
+    """One star stays within a directory, two do not; everything else is as in patterns of names."""
+    names = Names([], [pattern])
+    assert [path for path in matching + others if names.ignored_path(path)] == matching
+    assert not names.ignored(b"a")
+
+
 @given(st.binary(min_size=1, max_size=255).filter(lambda name: b"/" not in name and b"\0" not in name))
 def test_every_name_has_an_answer(name: bytes) -> None:
     """Names are bytes; none of them may stop the watcher. A name that is not finished is never a recording under its final suffix."""
@@ -300,39 +477,3 @@ def test_every_name_has_an_answer(name: bytes) -> None:
     names.is_recording(name)
     assert names.ignored(name + b".part")
     assert names.ignored(b"." + name)
-
-
-# --- the timetable ---
-
-
-def paced(*, took_s: float = 0.01, polling: bool = False) -> Pace:
-    pace = Pace(rescan_s=300, poll_s=10, polling=polling)
-    pace.begins(100)
-    pace.ended(100 + took_s)
-    return pace
-
-
-def test_the_first_scan_and_one_that_is_asked_for_are_due_at_once() -> None:
-    """A hint or a request that comes during a scan is not answered by that scan."""
-    pace = Pace(rescan_s=300, poll_s=10)
-    assert pace.next_scan(None) == 0
-    pace.begins(100)
-    pace.asked()
-    pace.ended(101)
-    assert pace.next_scan(None) == 0
-
-
-def test_the_timetable() -> None:
-    """Regular scans by the kind of hints, earlier ones for hints and waiting files, never more than the inbox bears."""
-    assert paced().next_scan(None) == 400
-    assert paced(polling=True).next_scan(None) == 110
-    assert paced().next_scan(150) == 150
-    hinted = paced()
-    hinted.hinted(200)
-    hinted.hinted(201)
-    assert 200 < hinted.next_scan(None) < 200.2
-    assert paced().next_scan(99) == 100.01 + GAP_MIN_S
-    assert paced(took_s=20, polling=True).next_scan(99) == 120 + GAP_PER_SCAN * 20
-    down = paced()
-    down.down = True
-    assert down.next_scan(99) == 110.01

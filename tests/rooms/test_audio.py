@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from recordings import SENTENCES, Studio, cut, need_tools, run, samples_of, wav_header, write_wav
 
-from whisperd.engine.audio import DEMUXERS, RATE_HZ, Caps, MediaDamaged, MediaRefused, Recording, Source, sha256_of
+from whisperd.engine.audio import RATE_HZ, Recording, sha256_of
 from whisperd.engine.container import behind_id3, frame_bytes, looks_like
+from whisperd.engine.media import DEMUXERS, Caps, MediaDamaged, MediaRefused, Source
+from whisperd.engine.timeline import Timeline, start_offset_s
 from whisperd.engine.tracks import open_recording
 
 USUAL = Caps(duration_max_s=3600.0, channels_max=8, rate_max_hz=192_000)
@@ -569,6 +571,97 @@ def test_a_film_whose_sound_is_short_or_late_is_whole(suffix: str, sound_first: 
     pace = () if suffix == ".avi" else ("-vsync", "vfr")
     run("ffmpeg", "-loglevel", "error", *picture, *late, "-i", studio.say(TEXT), *pace, *codec, film)
     assert length_s(film) == pytest.approx(length_s(studio.say(TEXT)), abs=0.3)
+
+
+# --- the container's clock -----------------------------------------------------------------------------------------------------
+
+LATE = {
+    "delayed.mp4": 2.0,
+    "delayed.mov": 2.0,
+    "delayed.mkv": 2.0,
+    "delayed.ts": 2.0,
+    "delayed.flv": 2.0,
+    "on time.mp4": 0.0,
+    "on time.mkv": 0.0,
+    "on time.ts": 0.0,
+    "far on.ts": 2.0,  # on the clock of a broadcast
+    "picture delayed.mkv": 0.0,
+    "by its header.avi": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_how_late_the_sound_begins(name: str, studio: Studio, tmp_path: Path) -> None:
+    """By the container's own first moment, wherever that is on its clock; the sound itself is all there, without silence in front. (With
+    silence in front in an AVI, whose header FFmpeg follows in the times of the packets only.)"""
+    film = tmp_path / name
+    delay = ("-itsoffset", "2")
+    sound = (*(delay if name.startswith(("delayed", "far")) else ()), "-i", studio.say(TEXT))
+    picture = (*(delay if name.startswith("picture") else ()), "-f", "lavfi", "-i", "testsrc=size=96x64:rate=10:duration=9")
+    codecs = {".avi": ("mpeg4", "mp3"), ".flv": ("flv", "aac")}.get(film.suffix, ("mpeg4", "aac"))
+    clock = ("-output_ts_offset", "80000") if name.startswith("far") else ()
+    rate = ("-ar", "22050")
+    run("ffmpeg", "-loglevel", "error", *sound, *picture, "-c:v", codecs[0], "-c:a", codecs[1], *rate, *clock, film)
+    if film.suffix == ".avi":
+        start_later(film, 2.0)
+    silence_s = LATE[name] if film.suffix == ".avi" else 0.0
+    with opened(film) as recording:
+        assert recording.start_offset_s == pytest.approx(LATE[name] - silence_s, abs=0.1)
+    assert length_s(film) == pytest.approx(length_s(studio.say(TEXT)) + silence_s, abs=0.3)
+
+
+def start_later(avi: Path, seconds: float) -> None:
+    """Write into the header of the sound that it begins later (FFmpeg reads that, but never writes it)."""
+    data = bytearray(avi.read_bytes())
+    header = data.index(b"auds")
+    scale, rate = struct.unpack_from("<II", data, header + 20)
+    struct.pack_into("<I", data, header + 28, round(seconds * rate / scale))
+    avi.write_bytes(data)
+
+
+TONE = ("-f", "lavfi", "-i", "sine=440:duration=6:sample_rate=48000")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".ts", ".flv"])
+def test_a_hole_in_the_sound_keeps_its_time(suffix: str, tmp_path: Path) -> None:
+    """A microphone was off for two seconds, and nothing is stored for them: what comes behind is as late as it was. No damage, no doubt."""
+    path, codec = tmp_path / f"hole{suffix}", "libopus" if suffix == ".webm" else "aac"
+    run("ffmpeg", "-loglevel", "error", *TONE, "-af", "aselect='lt(t,2)+gte(t,4)'", "-c:a", codec, path)
+    with opened(path) as recording:
+        (samples,) = np.concatenate(list(recording.blocks()), axis=1)
+        assert (recording.duration_s, recording.heard_s) == (pytest.approx(6.0, abs=0.1), pytest.approx(4.0, abs=0.1))
+        assert recording.doubts == ()
+    for begin, end, there in ((0.2, 1.8, True), (2.2, 3.8, False), (4.2, 5.8, True)):
+        assert (np.abs(samples[round(begin * RATE_HZ) : round(end * RATE_HZ)]).max() > 0.02) == there
+
+
+def test_another_clock_is_no_hole(tmp_path: Path) -> None:
+    """Two broadcasts joined, the second ten minutes further on its clock: one comes behind the other."""
+    pieces = [tmp_path / f"{offset}.ts" for offset in (0, 600)]
+    for piece in pieces:
+        run("ffmpeg", "-loglevel", "error", *TONE, "-c:a", "mp2", "-output_ts_offset", piece.stem, piece)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+    assert length_s(joined) == pytest.approx(12.0, abs=0.3)
+
+
+def test_what_is_a_hole() -> None:
+    """More than a container's rounding, less than another clock; behind frames without a time too, and in front of the first one that
+    can be decoded. Times that go back are followed."""
+    line = Timeline(1.0, 10.0)
+    frames = [(1.5, 1.0), (2.6, 1.0), (None, 1.0), (6.6, 0.1), (100.0, 1.0), (2.0, 1.0), (3.3, 0.1)]
+    assert [round(line.hole_before(*frame), 3) for frame in frames] == [0.5, 0.0, 0.0, 2.0, 0.0, 0.0, 0.3]
+    assert line.filled_s == pytest.approx(2.8)
+    assert Timeline(None, 10.0).hole_before(5.0, 1.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("track_s", "container_s", "offset_s"),
+    [(3.4, 1.4, 2.0), (80003.379, 80001.4, 1.979), (0.0, 0.5, 0.0), (None, 0.0, 0.0), (2.0, None, 0.0), (1e9, 0.0, 0.0)],
+)
+def test_what_is_an_offset(track_s: float | None, container_s: float | None, offset_s: float) -> None:
+    """The difference, where both are known and it makes sense."""
+    assert start_offset_s(track_s, container_s) == pytest.approx(offset_s)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_jobs_run_on_the_daemons_loop(settings: Settings) -> None:
     health = Health(settings, loop.acts())
     health.start()
     try:
-        loop.run_until(lambda: {"tick", "beat", "rescan"} <= set(loop.done) and bool(loop.verdicts))
+        loop.run_until(lambda: {"tick", "beat", "optimise"} <= set(loop.done) and bool(loop.verdicts))
     finally:
         health.stop()
     assert loop.threads == {threading.get_ident()}

@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import select
+import shutil
 import signal
 import stat
 import subprocess
@@ -25,7 +26,7 @@ from whisperd.outbox.failures import NameTaken, Unpublished
 from whisperd.outbox.place import Outbox
 from whisperd.outbox.publish import publish
 from whisperd.outbox.render import FORMATS, render
-from whisperd.vocabulary import Failure, FailureKind, JobOptions, Segment, Summary, Transcript
+from whisperd.vocabulary import Failure, FailureKind, JobOptions, Segment, SubtitleShape, Summary, Transcript
 from whisperd.wire import (
     Message,
     OutboxOut,
@@ -213,6 +214,38 @@ def test_a_setgid_folder_hands_down_its_group(writer: Writer) -> None:
     assert (writer.root / "sub" / "talk.txt").stat().st_gid == 8765
 
 
+@needs_root
+def test_a_named_owner_and_group_come_first(process: Writer, tmp_path: Path) -> None:
+    """What the settings name is neither the inbox's nor a setgid folder's; what they leave open is, and the setgid bit stays."""
+    inbox, outbox = tmp_path / "inbox", tmp_path / "outbox"
+    inbox.mkdir()
+    os.chown(inbox, 4321, 8765)
+    outbox.mkdir()
+    os.chown(outbox, 0, 1111)
+    outbox.chmod(0o2770)
+    wanted = {"both": (5555, 6666, 5555, 6666), "owner": (5555, -1, 5555, 1111), "group": (-1, 6666, 4321, 6666)}
+    for name, (uid, gid, *given) in wanted.items():
+        process.serve(outbox, uid=uid, gid=gid, directory_mode=0o770)
+        process.publish(name.encode() + b"/talk", formats=("txt",))
+        for path in (outbox / name, outbox / name / "talk.txt"):
+            assert [path.stat().st_uid, path.stat().st_gid] == given
+        assert stat.S_IMODE((outbox / name).stat().st_mode) == 0o2770
+
+
+def test_subtitles_have_the_shape_that_was_asked_for(writer: Writer) -> None:
+    """The shape travels with the terms, and may change with a reload."""
+    text = "one two three four five six seven eight nine ten"
+    widths = []
+    for chars in (42, 12):
+        writer.serve(writer.root, subtitles=SubtitleShape(line_chars=chars))
+        request = Publish(job=1, base=b"talk %d" % chars, formats=("srt", "vtt"), own=(), stale=())
+        assert isinstance(writer.ask(request, msgspec.json.encode(transcript(text))), Published)
+        shown = (writer.root / f"talk {chars}.srt").read_text().splitlines()
+        widths.append(max(len(line) for line in shown if "-->" not in line))
+    assert 12 < widths[0] <= 42
+    assert widths[1] <= 12
+
+
 def test_a_users_file_is_never_overwritten(writer: Writer) -> None:
     """One taken name refuses the whole publication: nothing is written, nothing is left behind, the user's file is as it was."""
     (writer.root / "talk.srt").write_text("mine")
@@ -312,6 +345,10 @@ def test_a_note_in_the_error_file_is_kept(writer: Writer) -> None:
     "name",
     [
         b"x" * 251,
+        b"trailing dot.",
+        b"trailing space ",
+        b" ",
+        b"con.aux:stream",
         b"line\nbreak\r",
         b"\xff\xfe not utf-8",
         b"-rf",
@@ -473,7 +510,7 @@ def wait_for(*paths: Path) -> float:
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """Thirty writers killed with SIGKILL while they publish: no file is ever half there, and one more run makes everything whole."""
+    """A dozen writers killed with SIGKILL while they publish: no file is ever half there, and one more run makes everything whole."""
     (tmp_path / "inbox").mkdir()
     staged = msgspec.json.encode(transcript("a sentence of some length", segments=1500))
     expected = {name: render(transcript("a sentence of some length", segments=1500), name) for name in ALL}
@@ -483,7 +520,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         return Publish(job=job, base=b"sub/talk %d" % job, formats=ALL, own=(), stale=())
 
     writing_s = 0.0
-    for job in range(31):
+    for job in range(13):
         writer = Writer()
         writer.serve(tmp_path / "outbox")
         writer.send(request(job), staged)
@@ -498,10 +535,10 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
             assert path.read_bytes() == expected[path.suffix[1:]]
     last = Writer()
     last.serve(tmp_path / "outbox")
-    for job in range(31):
+    for job in range(13):
         assert isinstance(last.ask(request(job), staged), Published)
     last.end()
-    assert names(tmp_path / "outbox") == sorted(f"sub/talk {job}.{name}" for job in range(31) for name in ALL)
+    assert names(tmp_path / "outbox") == sorted(f"sub/talk {job}.{name}" for job in range(13) for name in ALL)
     assert all(path.read_bytes() == expected[path.suffix[1:]] for path in (tmp_path / "outbox" / "sub").iterdir())
 
 
@@ -528,10 +565,12 @@ class Scene:
         self.folder.mkdir(parents=True)
         (self.folder / "talk.srt").write_bytes(OLD)
 
-    def publish(self) -> None:
-        terms = ServeOutbox(path=os.fsencode(self.outbox), file_mode=0o644, directory_mode=0o755, like=os.fsencode(self.inbox))
+    def served(self) -> Outbox:
+        return Outbox(ServeOutbox(path=os.fsencode(self.outbox), file_mode=0o644, directory_mode=0o755, like=os.fsencode(self.inbox)))
+
+    def publish(self, outbox: Outbox | None = None) -> None:
         publish(
-            Outbox(terms),
+            outbox or self.served(),
             job=3,
             base=b"new/sub/talk",
             contents=CONTENTS,
@@ -679,6 +718,76 @@ def test_filesystems_that_cannot_sync_or_own(tmp_path: Path, number: int) -> Non
             patch.setattr(place.os, name, cannot)
         scene.publish()
     scene.check_whole()
+
+
+@contextmanager
+def struck(writer: Writer, call: str, error: str) -> Iterator[None]:
+    """Let a system call of the real process fail."""
+    if shutil.which("strace") is None:
+        pytest.skip("no strace here")
+    status = Path(f"/proc/{writer.child.pid}/status")
+    command = ["strace", "-qq", "-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:error={error}"]
+    tracer = subprocess.Popen([*command, "-p", str(writer.child.pid)], stderr=subprocess.PIPE, text=True)
+    try:
+        while "TracerPid:\t0\n" in status.read_text():
+            if tracer.poll() is not None:
+                assert tracer.stderr is not None
+                pytest.skip(f"cannot trace here: {tracer.stderr.read().strip()}")
+            time.sleep(0.002)
+        yield
+    finally:
+        tracer.terminate()
+        tracer.communicate()
+
+
+@pytest.mark.parametrize("error", ["EINVAL", "EOPNOTSUPP", "ENOSYS"])
+def test_the_process_on_a_filesystem_that_cannot_sync(writer: Writer, error: str) -> None:
+    """The kernel itself says that fsync cannot be had: published all the same, folders, files and removals."""
+    answer = error_file(writer, "no audio\n")
+    assert isinstance(answer, Published)
+    with struck(writer, "fsync", error):
+        writer.publish(b"sub/talk", stale=own(answer.files))
+    assert names(writer.root) == sorted(f"sub/talk.{name}" for name in ALL)
+
+
+def test_a_file_that_could_not_be_synced_is_written_anew(writer: Writer) -> None:
+    """EIO from fsync is no transcript: nothing stands in the outbox, nothing is left, and the next try writes new files (the pages of the
+    old ones may be clean and gone, and a second fsync say that all is well)."""
+    with struck(writer, "fsync", "EIO"):
+        failure = writer.fail()
+        assert (failure.code, failure.kind) == ("outbox_io", FailureKind.WAITING)
+        assert names(writer.root) == []
+    writer.publish()
+
+
+def test_a_folder_that_could_not_be_synced_gets_its_files_anew(tmp_path: Path) -> None:
+    """EIO from the fsync of the folder comes when the files have their names already: they are replaced by new ones before they count."""
+    scene = Scene(tmp_path)
+    outbox = scene.served()
+    real, syncs = os.fsync, 0
+
+    def broken(descriptor: int) -> None:
+        nonlocal syncs
+        if (scene.folder / "talk.srt").exists():
+            syncs += 1
+            raise OSError(errno.EIO, "the disk lost it")
+        real(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place.os, "fsync", broken)
+        with pytest.raises(Unpublished):
+            scene.publish(outbox)
+    assert syncs == 1
+    before = {path.name: path.stat().st_ino for path in scene.folder.iterdir()}
+    kept = [os.open(path, os.O_RDONLY) for path in scene.folder.iterdir()]  # so that no number is used again
+    scene.publish(outbox)
+    scene.check_whole()
+    after = {path.name: path.stat().st_ino for path in scene.folder.iterdir()}
+    assert all(before[name] != after[name] for name in after)
+    scene.publish(outbox)
+    assert {path.name: path.stat().st_ino for path in scene.folder.iterdir()} == after
+    for descriptor in kept:
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -6,6 +6,9 @@ import errno
 import os
 import select
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +19,18 @@ import pytest
 from whisperd.child import Child
 from whisperd.ledger.ledger import Ledger
 from whisperd.vocabulary import JobOptions, Sighting
+from whisperd.watcher import folders, profiles
+from whisperd.watcher.folders import Folders
 from whisperd.watcher.hints import Hints
-from whisperd.watcher.scan import InboxAbsent, scan
+from whisperd.watcher.names import Names
+from whisperd.watcher.scan import BATCH, InboxAbsent, Rules, ScanResult, Walk, scan
+from whisperd.watcher.source import Entry, entry_of
 from whisperd.wire import (
     InboxDown,
     OpenSource,
+    ProfileFile,
+    Profiles,
+    Renamed,
     Scanned,
     ScanNow,
     Sightings,
@@ -50,6 +60,7 @@ class Daemon:
         self.frames: list[WatcherOut] = []
         self.descriptors: list[int] = []
         self.child: Child[WatcherOut] | None = None
+        self.forgetful = False  # told everything, and keeps nothing
 
     def watch(self, *, events: str = "auto", quiet_s: float = QUIET_S, rescan_s: float = 60.0, poll_s: float = 0.2) -> None:
         self.frames = []
@@ -85,20 +96,21 @@ class Daemon:
         for frame in self.child.channel.wait(timeout_s):
             self.frames.append(frame.message)
             self.descriptors += frame.descriptors
-            if isinstance(frame.message, Sightings):
+            if isinstance(frame.message, Sightings) and not self.forgetful:
                 with self.ledger.transaction():
                     self._store(frame.message)
 
     def _store(self, news: Sightings) -> None:
-        for sighting in news.seen:
-            self.ledger.see(self.number, sighting, 1.0)
+        self.ledger.see_all(self.number, news.seen, 1.0)
+        for renamed in news.renamed:
+            self.ledger.rename(self.number, renamed.before, renamed.sighting, 1.0)
         for sighting in news.settled:
             job = self.ledger.see(self.number, sighting, 1.0)
             if self.ledger.job(job)["state"] == "seen":
                 self.ledger.settle(job, sighting, JobOptions(), 1.0)
         for path in news.vanished:
             live = self.ledger.live_job(self.number, path)
-            if live is not None:
+            if live is not None and live["state"] != "running":
                 self.ledger.vanish(live["id"], 1.0)
 
     def until(self, done: Callable[[], object]) -> None:
@@ -119,6 +131,12 @@ class Daemon:
 
     def count(self, kind: type) -> int:
         return sum(isinstance(frame, kind) for frame in self.frames)
+
+    def profiles(self) -> list[ProfileFile]:
+        return [file for frame in self.frames if isinstance(frame, Profiles) for file in frame.files]
+
+    def renamed(self) -> list[Renamed]:
+        return [item for frame in self.frames if isinstance(frame, Sightings) for item in frame.renamed]
 
     def told(self, what: str) -> list[Sighting]:
         return [item for frame in self.frames if isinstance(frame, Sightings) for item in getattr(frame, what)]
@@ -258,12 +276,14 @@ def test_names_are_bytes(daemon: Daemon) -> None:
 
 def test_many_files_travel_in_frames_of_bounded_size(daemon: Daemon) -> None:
     """Each once."""
-    for number in range(600):
+    files = BATCH + 500
+    for number in range(files):
         (daemon.inbox / f"{number}.mp3").touch()
     daemon.watch()
-    daemon.until(lambda: len(daemon.told("settled")) >= 600)
-    assert len(set(daemon.names("settled"))) == len(daemon.names("settled")) == len(daemon.names("seen")) == 600
-    assert max(len(frame.seen) + len(frame.settled) for frame in daemon.frames if isinstance(frame, Sightings)) <= 500
+    daemon.until(lambda: len(daemon.told("settled")) >= files)
+    assert len(set(daemon.names("settled"))) == len(daemon.names("settled")) == len(daemon.names("seen")) == files
+    told = [frame for frame in daemon.frames if isinstance(frame, Sightings)]
+    assert max(len(frame.seen) for frame in told) == max(len(frame.settled) for frame in told) == BATCH
 
 
 # --- against the ledger ---
@@ -302,6 +322,117 @@ def test_replaced_and_deleted_files_are_told(daemon: Daemon) -> None:
     assert [row["state"] for row in daemon.ledger.jobs()] == ["gone", "gone"]
 
 
+def test_a_renamed_file_keeps_its_job(daemon: Daemon) -> None:
+    """By its inode, size and time, whether it waits to settle or for its turn; a hard link is a file of its own."""
+    (daemon.inbox / "ready.mp3").write_bytes(b"1")
+    daemon.watch()
+    daemon.settled(b"ready.mp3")
+    (daemon.inbox / "album").mkdir()
+    (daemon.inbox / "ready.mp3").rename(daemon.inbox / "album/one.mp3")
+    daemon.until(daemon.renamed)
+    assert [(item.before, item.sighting.path) for item in daemon.renamed()] == [(b"ready.mp3", b"album/one.mp3")]
+    os.link(daemon.inbox / "album/one.mp3", daemon.inbox / "link.mp3")
+    daemon.until(lambda: b"link.mp3" in daemon.names("settled"))
+    assert daemon.scanned().unsettled == 0
+    assert (len(daemon.renamed()), daemon.vanished()) == (1, [])
+    assert sorted((row["path"], row["state"]) for row in daemon.ledger.jobs()) == [(b"album/one.mp3", "ready"), (b"link.mp3", "ready")]
+
+
+def test_a_file_replaced_in_place_is_found_though_it_keeps_its_size_and_time(daemon: Daemon) -> None:
+    """One that waits begins a new quiet period; one that was finished is doubted, once, until the ledger knows its new state."""
+    first, second = daemon.inbox / "waits.mp3", daemon.inbox / "over.mp3"
+    second.write_bytes(b"sound")
+    daemon.watch()
+    daemon.settled(b"over.mp3")
+    daemon.ledger.cancel(next(daemon_jobs(daemon, b"over.mp3")), 1.0)
+    with first.open("wb") as writer:
+        writer.write(b"sound")
+        writer.flush()
+        daemon.until(lambda: b"waits.mp3" in daemon.names("seen"))
+        for path in (first, second):
+            times = path.stat()
+            with path.open("r+b") as file:
+                file.write(b"SOUND")
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        daemon.until(lambda: [file.ctime_ns for file in daemon.told("doubted")] == [second.stat().st_ctime_ns])
+        daemon.until(lambda: first.stat().st_ctime_ns in [file.ctime_ns for file in daemon.told("seen")])
+    daemon.until(lambda: b"waits.mp3" in daemon.names("settled"))
+    assert daemon.told("settled")[-1].ctime_ns == first.stat().st_ctime_ns
+    daemon.ledger.recognise(next(daemon_jobs(daemon, b"over.mp3")), daemon.told("doubted")[0], 2.0)
+    daemon.scanned()
+    assert daemon.scanned().unsettled == 0
+    assert daemon.names("doubted") == [b"over.mp3"]
+    os.link(second, daemon.inbox / "notes.txt")
+    daemon.scanned()
+    assert daemon.names("doubted") == [b"over.mp3", b"over.mp3"]
+
+
+def daemon_jobs(daemon: Daemon, path: bytes) -> Iterator[int]:
+    return (row["id"] for row in daemon.ledger.jobs() if row["path"] == path)
+
+
+# --- profiles and markers ---
+
+
+def test_profiles_are_told_when_they_change_and_ahead_of_what_settles(daemon: Daemon, tmp_path: Path) -> None:
+    """Of any folder and beside any file; never a recording. A link is none, and what cannot be read says why."""
+    (tmp_path / "outside.toml").write_text("model = 'x'")
+    (daemon.inbox / "folder").mkdir()
+    (daemon.inbox / ".whisperd.toml").write_text("language = 'de'")
+    (daemon.inbox / "folder/.whisperd.toml").write_bytes(b"\xff")
+    (daemon.inbox / "talk.mp3.whisperd.toml").write_bytes(b"#" * (profiles.BYTES_MAX + 1))
+    (daemon.inbox / "link.mp3.whisperd.toml").symlink_to(tmp_path / "outside.toml")
+    (daemon.inbox / "talk.mp3").write_bytes(b"1")
+    daemon.watch()
+    daemon.settled(b"talk.mp3")
+    first = [frame for frame in daemon.frames if isinstance(frame, Profiles)]
+    assert [frame.whole for frame in first] == [True]
+    found = {file.path: file for file in daemon.profiles()}
+    assert found.keys() == {b".whisperd.toml", b"folder/.whisperd.toml", b"talk.mp3.whisperd.toml"}
+    assert found[b".whisperd.toml"] == ProfileFile(path=b".whisperd.toml", text="language = 'de'")
+    assert "UTF-8" in found[b"folder/.whisperd.toml"].fault
+    assert "64 KiB" in found[b"talk.mp3.whisperd.toml"].fault
+    (tmp_path / "new.toml").write_text("language = 'fr'")
+    (tmp_path / "new.toml").rename(daemon.inbox / "folder/.whisperd.toml")
+    (daemon.inbox / ".whisperd.toml").unlink()
+    changed = [ProfileFile(path=b".whisperd.toml"), ProfileFile(path=b"folder/.whisperd.toml", text="language = 'fr'")]
+    daemon.until(lambda: len(daemon.profiles()) >= 5)
+    assert sorted(daemon.profiles()[3:], key=lambda file: file.path) == changed
+    (tmp_path / "new.toml").write_text("task = 'translate'")
+    (tmp_path / "new.toml").rename(daemon.inbox / "folder/late.mp3.whisperd.toml")
+    (daemon.inbox / "folder/late.mp3").write_bytes(b"1")
+    daemon.until(lambda: b"folder/late.mp3" in daemon.names("settled"))
+    told = [frame for frame in daemon.frames if isinstance(frame, Profiles) or (isinstance(frame, Sightings) and frame.settled)]
+    assert isinstance(told[-1], Sightings), "the profile came ahead of the file that settled"
+    assert daemon.profiles()[5:] == [ProfileFile(path=b"folder/late.mp3.whisperd.toml", text="task = 'translate'")]
+    assert daemon.scanned().left_out == 0
+
+
+def test_a_daemon_hears_that_there_are_no_profiles(daemon: Daemon) -> None:
+    """It may remember some of an earlier life."""
+    daemon.watch()
+    daemon.until(lambda: daemon.count(Scanned))
+    assert [frame for frame in daemon.frames if isinstance(frame, Profiles)] == [Profiles(files=(), whole=True)]
+
+
+def test_a_folder_with_a_skip_marker_is_left_alone(daemon: Daemon) -> None:
+    """With all below it. When the marker comes later, what was only seen is forgotten and what is ready stays; without it all is back."""
+    (daemon.inbox / "away/deep").mkdir(parents=True)
+    (daemon.inbox / "away/deep/ready.mp3").write_bytes(b"1")
+    daemon.watch(quiet_s=0.5)
+    daemon.settled(b"away/deep/ready.mp3")
+    with (daemon.inbox / "away/seen.mp3").open("wb"):
+        daemon.until(lambda: b"away/seen.mp3" in daemon.names("seen"))
+        (daemon.inbox / "away/.whisperd-skip").touch()
+        daemon.until(daemon.vanished)
+        (daemon.inbox / "away/deep/more.mp3").write_bytes(b"2")
+        assert (daemon.scanned().files, daemon.scanned().unsettled) == (0, 0)
+    assert daemon.vanished() == [b"away/seen.mp3"]
+    assert {row["path"]: row["state"] for row in daemon.ledger.jobs()} == {b"away/deep/ready.mp3": "ready", b"away/seen.mp3": "gone"}
+    (daemon.inbox / "away/.whisperd-skip").unlink()
+    daemon.settled(b"away/deep/ready.mp3", b"away/deep/more.mp3", b"away/seen.mp3")
+
+
 # --- absent and exchanged ---
 
 
@@ -325,6 +456,38 @@ def test_an_inbox_that_is_away_is_down_and_comes_back_by_itself(daemon: Daemon, 
     assert downs[0].hint
     (daemon.inbox / "more.mp3").write_bytes(b"2")
     daemon.settled(b"talk.mp3", b"more.mp3")
+
+
+def test_a_mount_that_empties_and_returns_is_no_news(daemon: Daemon, tmp_path: Path) -> None:
+    """The bare mount point is another, empty device: the inbox is down. When the share is back nothing is queued again or lost."""
+    shared_memory = Path("/dev/shm")
+    if not shared_memory.is_dir() or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is only one device here")
+    with tempfile.TemporaryDirectory(dir=shared_memory) as share:
+        (Path(share) / "talk.mp3").write_bytes(b"1")
+        (Path(share) / "more.mp3").write_bytes(b"2")
+        daemon.outbox.rmdir()
+        daemon.inbox.rmdir()
+        daemon.inbox.symlink_to(share)
+        daemon.watch()
+        daemon.settled(b"talk.mp3", b"more.mp3")
+        heard = len(daemon.frames)
+        (tmp_path / "bare").mkdir()
+        _point(daemon.inbox, tmp_path / "bare")
+        daemon.until(lambda: daemon.count(InboxDown))
+        scans = daemon.count(Scanned)
+        _point(daemon.inbox, Path(share))
+        daemon.until(lambda: daemon.count(Scanned) > scans)
+        daemon.scanned()
+        assert [frame for frame in daemon.frames[heard:] if not isinstance(frame, InboxDown | Scanned)] == []
+        (Path(share) / "third.mp3").write_bytes(b"3")
+        daemon.settled(b"talk.mp3", b"more.mp3", b"third.mp3")
+
+
+def _point(link: Path, target: Path) -> None:
+    """Let the link point elsewhere, in one step."""
+    link.with_name("other link").symlink_to(target)
+    link.with_name("other link").rename(link)
 
 
 def test_an_inbox_that_is_absent_at_the_start_is_waited_for(daemon: Daemon) -> None:
@@ -379,6 +542,85 @@ def test_lost_events_are_made_up_for(daemon: Daemon) -> None:
         said += daemon.child.read_stderr()
     (daemon.inbox / "folder/second.mp3").write_bytes(b"2")
     daemon.settled(b"folder/first.mp3", b"folder/second.mp3")
+
+
+def test_a_flood_under_a_stalled_reader_is_found_within_seconds(daemon: Daemon) -> None:
+    """20,000 files are created while the watcher stands still, more than the kernel keeps events for: none is missed ten seconds after."""
+    daemon.forgetful = True
+    daemon.watch(quiet_s=60)
+    daemon.until(lambda: daemon.count(Scanned))
+    assert daemon.child is not None
+    os.kill(daemon.child.pid, signal.SIGSTOP)
+    os.waitpid(daemon.child.pid, os.WUNTRACED)
+    try:
+        (daemon.inbox / "flood").mkdir()
+        for number in range(20_000):
+            os.mknod(daemon.inbox / f"{'flood' if number % 2 else '.'}/{number}.mp3")
+    finally:
+        os.kill(daemon.child.pid, signal.SIGCONT)
+    began = time.monotonic()
+    daemon.until(lambda: len(daemon.told("seen")) >= 20_000)
+    assert time.monotonic() - began <= 10
+    assert len(set(daemon.names("seen"))) == len(daemon.names("seen")) == 20_000
+
+
+def test_where_the_kernel_gives_no_more_watches_the_inbox_is_polled(daemon: Daemon) -> None:
+    """And it says so, with what to raise. In a user namespace of its own, whose limit is three."""
+    limit = "/proc/sys/user/max_inotify_watches"
+    python = f"exec {sys.executable} -m whisperd.watcher"
+    if subprocess.run(["unshare", "-Ur", "sh", "-c", f"echo 3 > {limit}"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no user namespaces here")
+    for name in "abcdefgh":
+        (daemon.inbox / name).mkdir()
+    launcher = daemon.state / "python"
+    launcher.write_text(f"#!/bin/sh\nexec unshare -Ur sh -c 'echo 3 > {limit}; {python}'\n")
+    launcher.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(launcher))
+        daemon.watch(rescan_s=3600)
+    daemon.until(lambda: daemon.count(Scanned))
+    (daemon.inbox / "h/talk.mp3").write_bytes(b"1")
+    daemon.settled(b"h/talk.mp3")
+    assert daemon.child is not None
+    said = daemon.child.read_stderr()
+    while not any("max_user_watches" in line for line in said):
+        assert select.select([daemon.child.stderr_fileno()], [], [], PATIENCE_S)[0], f"it says nothing of watches, only {said}"
+        said += daemon.child.read_stderr()
+
+
+def test_a_file_that_changes_in_a_directory_at_rest_is_noticed(daemon: Daemon) -> None:
+    """The directory itself does not change then, and is not listed by itself any more: the event names it."""
+    path = daemon.inbox / "folder/talk.mp3"
+    path.parent.mkdir()
+    path.write_bytes(b"1")
+    daemon.watch(rescan_s=3600)
+    daemon.settled(b"folder/talk.mp3")
+    _let_rest(daemon)
+    path.write_bytes(b"other")
+    daemon.until(lambda: [sighting.size for sighting in daemon.told("settled")] == [1, 5])
+
+
+def test_a_polled_file_that_keeps_growing_does_not_settle(daemon: Daemon) -> None:
+    """Its directory is not listed any more, but it is looked at until it stands still."""
+    daemon.watch(events="polling", rescan_s=3600, quiet_s=0.3)
+    path = daemon.inbox / "talk.mp3"
+    path.write_bytes(b"1")
+    with path.open("ab", buffering=0) as file:
+        deadline = time.monotonic() + folders.COARSE_S + 1
+        while time.monotonic() < deadline:
+            file.write(b"1")
+            daemon.take_in(0.05)
+        assert daemon.told("settled") == []
+    daemon.settled(b"talk.mp3")
+    assert daemon.told("settled")[0].size == path.stat().st_size
+
+
+def _let_rest(daemon: Daemon) -> None:
+    """Until the watcher is sure of its directories."""
+    since = time.monotonic()
+    while time.monotonic() < since + folders.COARSE_S:
+        daemon.take_in(0.1)
+    daemon.scanned()
 
 
 def test_polling_needs_no_events(daemon: Daemon) -> None:
@@ -486,6 +728,70 @@ def test_a_directory_that_cannot_be_read_is_no_empty_one(
     assert found.complete == complete
     assert found.knows_absent(b"bad/talk.mp3") == (code == errno.ELOOP)
     assert found.knows_absent(b"badly.mp3") == complete
+
+
+def entries(result: list[Entry]) -> set[bytes]:
+    return {entry[0] for entry in result}
+
+
+def test_a_walk_lists_again_only_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other directories it knows how much is in them, and looks only at the files that it is told to; everything when it is told so."""
+    monkeypatch.setattr(folders, "COARSE_S", 0.0)
+    for name in ("a/b/one.mp3", "a/two.mp3", "c/three.mp3", "top.mp3", "top.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    known, listed = Folders(), list[str]()
+    real = os.scandir
+
+    def listing(folder: int) -> object:
+        listed.append(os.path.relpath(os.readlink(f"/proc/self/fd/{folder}"), tmp_path))
+        return real(folder)
+
+    def walk(*, everything: bool = False, singles: dict[bytes, list[bytes]] | None = None) -> tuple[set[bytes], ScanResult]:
+        listed.clear()
+        known.begin(everything=everything)
+        found: list[Entry] = []
+        rules = Rules.of(os.fsencode(tmp_path), (), Names(["*.mp3"], ()), recursive=True)
+        result = Walk(rules, lambda batch, _: found.extend(batch), folders=known, singles=singles).over(os.fsencode(tmp_path))
+        assert (result.files, result.left_out, result.directories, result.empty) == (4 + (tmp_path / "c/new.mp3").exists(), 1, 4, False)
+        return entries(found), result
+
+    monkeypatch.setattr(os, "scandir", listing)
+    walk()
+    walk()
+    found, result = walk()
+    assert (found, listed, result.unlisted) == (set(), [], {b"", b"a", b"a/b", b"c"})
+    assert not result.knows_absent(b"a/gone.mp3")
+    assert walk(singles={b"a": [b"two.mp3", b"none.mp3"], b"": [b"top.mp3"]})[0] == {b"a/two.mp3", b"top.mp3"}
+    assert listed == []
+    walk()
+    assert listed == ["a"], "it was told of a file there that is not"
+    walk()
+    (tmp_path / "c/new.mp3").touch()
+    found, result = walk()
+    assert (found, listed) == ({b"c/new.mp3", b"c/three.mp3"}, ["c"])
+    assert result.knows_absent(b"c/gone.mp3")
+    walk(everything=True)
+    assert sorted(listed) == [".", "a", "a/b", "c"]
+
+
+def test_a_walk_leaves_out_paths_and_archives(tmp_path: Path) -> None:
+    """By the operator's patterns of whole paths, and by directories that he names."""
+    for name in ("raw/one.mp3", "raw/cut/two.mp3", "cut/raw/three.mp3", "archive/four.mp3"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root = os.fsencode(tmp_path)
+    assert set(scan(root, (root + b"/archive",), (), ("raw/*.mp3",), recursive=True).sightings) == {
+        b"raw/cut/two.mp3",
+        b"cut/raw/three.mp3",
+    }
+    assert set(scan(root, (), (), ("**/raw", "archive/"), recursive=True).sightings) == set()
+
+
+def test_identities_fit_into_the_ledger() -> None:
+    """An inode of 64 bits, a time beyond the year 2262: SQLite has 63 and a sign."""
+    found = os.stat_result((0o100644, 2**64 - 1, 1, 1, 0, 0, 5, 0, 0, 0), {"st_mtime_ns": 2**70, "st_ctime_ns": -(2**70)})
+    assert entry_of(b"a", found) == (b"a", -1, 5, 2**63 - 1, -(2**63 - 1))
 
 
 def test_hints_are_rebuilt_when_they_lost_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

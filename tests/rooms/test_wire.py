@@ -33,6 +33,10 @@ UNIONS = (
     wire.EngineOut,
     wire.OutboxIn,
     wire.OutboxOut,
+    wire.ExaminerIn,
+    wire.ExaminerOut,
+    wire.NotifierIn,
+    wire.NotifierOut,
     wire.ProbeIn,
     wire.ProbeOut,
 )
@@ -122,6 +126,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return st.one_of(*map(values_of, arguments))
+    if typing.get_origin(kind) is dict:
+        return st.dictionaries(*map(values_of, arguments), max_size=3)
     assert typing.get_origin(kind) is tuple and arguments[1] is Ellipsis, f"a type the wire has not used before: {kind}"
     return st.lists(values_of(arguments[0]), max_size=3).map(tuple)
 

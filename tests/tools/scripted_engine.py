@@ -20,6 +20,7 @@ SCRIPTED is JSON as well:
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -129,7 +130,9 @@ class Work:
     def __init__(self, order: Transcribe, descriptor: int) -> None:
         self.order = order
         with os.fdopen(descriptor, "rb") as file:
-            self.script: dict[str, Any] = json.load(file)
+            content = file.read()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.script: dict[str, Any] = json.loads(content)
         self.batched = "length_s" in self.script or "poison" in self.script
         self.length_s = float(self.script.get("length_s", WINDOW_S))
         self.windows = math.ceil(self.length_s / WINDOW_S) if self.batched else int(self.script.get("windows", 1))
@@ -283,7 +286,7 @@ class Engine:
             duration_s=length_s,
             speech_s=length_s,
             windows=work.windows,
-            source_sha256="ab",
+            source_sha256=work.sha256,
             container="json",
             codec="json",
             model=self.model,

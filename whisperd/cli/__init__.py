@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from whisperd import __version__
-from whisperd.cli import cancel, config, demo, gpu, hold, jobs, plan, prioritise, retry, run, show, status, unhold
+from whisperd.cli import cancel, config, demo, gpu, hold, jobs, plan, prioritise, retry, run, scan, show, status, unhold
 from whisperd.config import DEFAULT_PATH
 from whisperd.errors import ConfigError, WhisperdError
 from whisperd.log import stderr_is_the_journal
 
-VERBS = (demo, run, status, jobs, show, retry, cancel, hold, unhold, prioritise, plan, gpu, config)
+VERBS = (demo, run, scan, status, jobs, show, retry, cancel, hold, unhold, prioritise, plan, gpu, config)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,10 +17,12 @@ from loguru import logger
 from whisperd.child import Life
 from whisperd.config import Settings
 from whisperd.dispatcher import queueing, resume, retry
+from whisperd.dispatcher.acceptance import Acceptance
 from whisperd.dispatcher.delivery import Delivery
 from whisperd.dispatcher.engines import Engine, Task
 from whisperd.dispatcher.gauge import Gauge
-from whisperd.dispatcher.intake import Intake
+from whisperd.dispatcher.intake import sighting_of
+from whisperd.dispatcher.notices import Notices
 from whisperd.dispatcher.nursery import Nursery
 from whisperd.dispatcher.planning import Planning
 from whisperd.dispatcher.pool import Pool, Recycling
@@ -28,7 +30,7 @@ from whisperd.dispatcher.staging import DIRECTORY
 from whisperd.dispatcher.work import Work
 from whisperd.errors import printable
 from whisperd.ledger.ledger import IllegalMove, LeaseLost, Ledger
-from whisperd.vocabulary import Failure, FailureKind, Sighting
+from whisperd.vocabulary import Failure, FailureKind
 from whisperd.wire import BatchDone, Frame
 
 OUTBOX_REFUSALS_MAX = 3
@@ -39,7 +41,13 @@ class Dispatcher:
     """All children and all running jobs of one daemon."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, ledger: Ledger, settings: Settings, *, engine_module: str = "whisperd.engine"
+        self,
+        loop: asyncio.AbstractEventLoop,
+        ledger: Ledger,
+        settings: Settings,
+        *,
+        engine_module: str = "whisperd.engine",
+        examiner_module: str = "whisperd.engine.examiner",
     ) -> None:
         self._loop = loop
         self._ledger = ledger
@@ -63,9 +71,20 @@ class Dispatcher:
             module=engine_module,
         )
         self.planning = Planning(ledger, self.gauge, self.pool, settings)
-        self.intake = Intake(nursery, ledger, on_opened=self._source_opened, on_lost=self._source_lost, on_news=self.wake)
-        self.work = Work(loop, ledger, self.pool, self.intake, settings.dispatcher, memory=self.planning.memory, on_news=self.wake)
+        self.notices = Notices(nursery, ledger, on_news=self.wake)
         self.delivery = Delivery(nursery, ledger, on_news=self.wake)
+        self.acceptance = Acceptance(
+            nursery,
+            ledger,
+            settings,
+            model_of=self._model_of,
+            revision_of=self.pool.revision_of,
+            on_faults=self.delivery.complaints.want,
+            on_news=self.wake,
+            examiner_module=examiner_module,
+        )
+        self.intake = self.acceptance.intake
+        self.work = Work(loop, ledger, self.pool, self.intake, settings.dispatcher, memory=self.planning.memory, on_news=self.wake)
 
     # --- life ---
 
@@ -86,8 +105,9 @@ class Dispatcher:
             jobs=settings.dispatcher.recycle_jobs,
             age_s=settings.dispatcher.recycle_s,
         )
-        self.intake.apply(settings)
+        self.acceptance.apply(settings)
         self.delivery.apply(settings)
+        self.notices.apply(settings)
         self.wake()
 
     def stop(self) -> None:
@@ -97,13 +117,14 @@ class Dispatcher:
         for engine in list(self.pool.engines.values()):
             self.pool.drain(engine, now)
         self.planning.store_learned(time.time())
-        self.intake.stop()
+        self.acceptance.stop()
         self.gauge.stop()
         self.wake()
 
     def stop_delivery(self) -> None:
         """Last: what was finished meanwhile has been handed out."""
         self.delivery.stop()
+        self.notices.stop()
 
     def kill_engines(self, why: str) -> None:
         for engine in list(self.pool.engines.values()):
@@ -130,12 +151,13 @@ class Dispatcher:
         self.steps += 1
         now = time.monotonic()
         self.delivery.tick(now)
+        self.notices.tick(now)
         self.pool.enforce_kills(now)
         self.work.store_progress(now)
         if self.stopping:
             return
         self.gauge.tick(now)
-        self.intake.tick(now)
+        self.acceptance.tick(now)
         self._follow_operator()
         if self._decide_now or self.planning.advice is None or self.pool.events:  # a card was lost, memory ran out: not at the next look
             self._decide_now = False
@@ -175,39 +197,64 @@ class Dispatcher:
             return
         self._looked_at, wall = now, time.time()
         ready = [self._with_model(row) for row in self._ledger.ready(wall) if self.pool.of_job(row["id"]) is None]  # one cancelled may be
-        inboxes = self.intake.usable()
+        usable = self.intake.usable()
+        ready = [row for row in ready if row["spooled"] or row["inbox_id"] in usable]
+        self.acceptance.take_ahead(queueing.in_order(ready, wall, in_hand=self._in_hand(), turns=self._turns))
+        ready = [row for row in ready if row["sha256"] is not None]
         models = {seat.model for seat in seats}
-        quarantined = {model for model in models if queueing.wants_quarantine(ready, seats, inboxes=inboxes, model=model)}
+        quarantined = {model for model in models if queueing.wants_quarantine(ready, seats, model=model)}
         if quarantined != self.planning.quarantined:
             self.planning.quarantined = quarantined
             self.wake()
+        if self.no_room():
+            return
         stranded = self.planning.strand(ready)
-        self._hand_out_among([row for row in ready if row["id"] not in stranded], inboxes, now, wall, fallback=False)
+        self._hand_out_among([row for row in ready if row["id"] not in stranded], now, wall, fallback=False)
         if stranded:
-            self._hand_out_among([row for row in ready if row["id"] in stranded], inboxes, now, wall, fallback=True)
+            self._hand_out_among([row for row in ready if row["id"] in stranded], now, wall, fallback=True)
+
+    def no_room(self) -> str:
+        """Why nothing new is begun, when the disk of the ledger is nearly full; "" else."""
+        free_mib, least_mib = self.acceptance.spool.free_mib(), self._settings.intake.free_min_mib
+        if free_mib >= least_mib:
+            return ""
+        return f"the disk of {self._settings.state_dir} has only {free_mib} MiB left ({least_mib} MiB are kept free); files wait for room"
+
+    def _in_hand(self) -> Counter[int]:
+        """How many jobs of each inbox are running."""
+        return Counter(task.inbox for engine in self.pool.engines.values() for task in engine.tasks.values())
 
     def _seats(self) -> list[queueing.Seat]:
         return self.pool.seats({card: memory.free_mib for card, memory in self.planning.memory().items()})
 
-    def _hand_out_among(self, ready: list[queueing.Row], inboxes: set[int], now: float, wall: float, *, fallback: bool) -> None:
-        """Claim while there is a place. `fallback`: the CPU's places beside the GPUs', which are for such jobs only."""
-        in_hand = Counter(task.inbox for engine in self.pool.engines.values() for task in engine.tasks.values())
+    def _hand_out_among(self, ready: list[queueing.Row], now: float, wall: float, *, fallback: bool) -> None:
+        """Claim while there is a place. `fallback`: the CPU's places beside the GPUs', which are for such jobs only.
+
+        Of two with the same content and the same question one waits, and is published from the other's transcript.
+        """
+        in_hand = self._in_hand()
+        making = {(row["sha256"], row["asked"]) for row in self._ledger.running()}
+        ready = [row for row in ready if (row["sha256"], row["asked"]) not in making]
         while True:
             seats = [seat for seat in self._seats() if self.planning.is_fallback(self.pool.engines[seat.engine].card) == fallback]
-            next_one = queueing.hand_out(ready, seats, wall, inboxes=inboxes, in_hand=in_hand, turns=self._turns)
+            next_one = queueing.hand_out(ready, seats, wall, in_hand=in_hand, turns=self._turns)
             if next_one is None:
                 return
             row, seat = next_one
-            ready.remove(row)
+            ready = [other for other in ready if (other["sha256"], other["asked"]) != (row["sha256"], row["asked"])]
+            if self.acceptance.reuse(dict(row)):  # while it waited, its twin got done
+                continue
             if self._claim(self.pool.engines[seat.engine], row, now, wall):
                 self._turns.take(row, wall)
                 in_hand[row["inbox_id"]] += 1
 
     def _with_model(self, row: dict[str, Any]) -> queueing.Row:
         """The row with the model that it runs with."""
-        model = self._ledger.options(row).model
-        usual = self.planning.choice.model if self.planning.choice else ""
-        return {**row, "model": usual if model == "auto" else model}
+        return {**row, "model": self._model_of(row)}
+
+    def _model_of(self, row: queueing.Row) -> str:
+        model = self._ledger.options(dict(row)).model
+        return (self.planning.choice.model if self.planning.choice else "") if model == "auto" else model
 
     def _claim(self, engine: Engine, row: queueing.Row, now: float, wall: float) -> bool:
         """Whether it could be claimed: the operator may have been faster, and it is not ready any more."""
@@ -221,8 +268,11 @@ class Dispatcher:
         logger.bind(job=job, inbox=os.fsdecode(row["inbox_path"]), event="claimed", child=engine.child.name).info(
             f"job {job} started on {engine.child.name}, attempt {row['attempts'] + 1}{', alone' if alone else ''}: {printable(row['path'])}"
         )
-        sighting = Sighting(**{name: row[name] for name in ("path", "dev", "inode", "size", "mtime_ns", "ctime_ns")})
-        self.intake.open(row["inbox_id"], job, sighting)
+        copy = self.acceptance.spool.open(job) if row["spooled"] else None
+        if copy is not None:
+            self._source_opened(job, copy)
+        else:
+            self.intake.open(row["inbox_id"], job, sighting_of(row), self._source_opened, self._source_lost)
         return True
 
     # --- the source ---
@@ -294,15 +344,16 @@ class Dispatcher:
         What is only `seen` is the watchers' to say: a row of a share that is not mounted any more stays seen, and nobody waits for it.
         """
         work = self._ledger.open_work()
-        return self.intake.settled() and self.delivery.idle() and not (work["ready"] or work["running"] or work["unpublished"])
+        idle = self.intake.settled() and self.acceptance.idle() and self.delivery.idle() and self.notices.idle(time.time())
+        return idle and not (work["ready"] or work["running"] or work["unpublished"])
 
     def hopeless(self) -> str:
         """Why a one-time run can never be drained without somebody's help; "" while it can."""
         if self.pool.blocked is not None and self._ledger.open_work()["ready"]:
             return f"{self.pool.blocked.what} ({self.pool.blocked.hint})"
-        for inbox in self.intake.inboxes.values():
-            if inbox.down:
-                return inbox.down
+        stands_still = self.acceptance.down() or ([self.no_room()] if self.no_room() else [])
+        if stands_still:
+            return stands_still[0]
         stuck = self.delivery.stuck(OUTBOX_REFUSALS_MAX)
         if stuck:
             return stuck[0]

@@ -1,15 +1,15 @@
 """intake: watcher children → ledger rows. One watcher process for each inbox; a share that hangs stops only its own.
 
-Owns: which inboxes are watched, what their watchers report, and the requests to open a source.
+Owns: which inboxes are watched and which are down, and the requests to open a source. What is made of a report is `acceptance`'s.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from loguru import logger
 
@@ -23,6 +23,7 @@ from whisperd.wire import (
     Frame,
     InboxDown,
     OpenSource,
+    Profiles,
     Scanned,
     ScanNow,
     Sightings,
@@ -33,12 +34,19 @@ from whisperd.wire import (
     WatchInbox,
 )
 
-PRIORITY = {"urgent": 0, "normal": 1, "low": 2}
 ANSWER_S = 60.0
 """A watcher that does not open a file within this time hangs on its share."""
 
 Opened = Callable[[int, int], None]  # job, descriptor
 Lost = Callable[[int, str, str], None]  # job, reason, what
+
+
+class Question(NamedTuple):
+    """A watcher was asked for a descriptor."""
+
+    at: float  # monotonic
+    opened: Opened
+    lost: Lost
 
 
 @dataclass
@@ -51,20 +59,27 @@ class Inbox:
     keeper: Keeper
     scanned: bool = False
     unsettled: int = 0
+    network: bool = False
     down: str = ""
-    opening: dict[int, float] = field(default_factory=dict)  # job → asked at (monotonic)
+    opening: dict[int, Question] = field(default_factory=dict)  # by job
+
+
+class Reports(Protocol):
+    """Who hears what watchers found."""
+
+    def sightings(self, inbox: Inbox, report: Sightings) -> None: ...
+    def profiles_found(self, inbox: Inbox, found: Profiles) -> None: ...
+    def back(self, inbox: Inbox) -> None: ...
 
 
 class Intake:
     """All inboxes."""
 
-    def __init__(self, nursery: Nursery, ledger: Ledger, *, on_opened: Opened, on_lost: Lost, on_news: Callable[[], None]) -> None:
+    def __init__(self, nursery: Nursery, ledger: Ledger, *, on_report: Reports, on_news: Callable[[], None]) -> None:
         self._nursery = nursery
         self._ledger = ledger
-        self._on_opened = on_opened
-        self._on_lost = on_lost
+        self._on_report = on_report
         self._on_news = on_news
-        self._settings: Settings | None = None
         self.inboxes: dict[int, Inbox] = {}
 
     def apply(self, settings: Settings) -> None:
@@ -75,8 +90,7 @@ class Intake:
             number = self._ledger.register_inbox(os.fsencode(inbox.path), os.fsencode(inbox.outbox_path), now)
             wanted[number] = inbox
         self._ledger.retire_inboxes(list(wanted))
-        self._settings = settings
-        hellos = {number: _hello(number, inbox, settings) for number, inbox in wanted.items()}
+        hellos = {number: watch_order(number, inbox, settings) for number, inbox in wanted.items()}
         for number in list(self.inboxes):
             if hellos.get(number) != self.inboxes[number].hello:
                 self.inboxes.pop(number).keeper.stop()
@@ -107,7 +121,7 @@ class Intake:
         if inbox.keeper.child is None:
             for job in list(inbox.opening):
                 self._lost(inbox, job, "unanswered", f"the watcher of {inbox.settings.path} ended")
-        elif inbox.opening and now - min(inbox.opening.values()) > ANSWER_S:
+        elif inbox.opening and now - min(question.at for question in inbox.opening.values()) > ANSWER_S:
             inbox.keeper.kill(f"the share of {inbox.settings.path} does not answer")
             for job in list(inbox.opening):
                 self._lost(inbox, job, "down", f"the share of {inbox.settings.path} does not answer")
@@ -116,9 +130,12 @@ class Intake:
         """Inboxes whose watchers can open files."""
         return {number for number, inbox in self.inboxes.items() if inbox.keeper.usable and not inbox.down}
 
-    def open(self, inbox: int, job: int, sighting: Sighting) -> None:
-        """Ask for a source's descriptor; `on_opened` or `on_lost` answers."""
-        self.inboxes[inbox].opening[job] = time.monotonic()
+    def open(self, inbox: int, job: int, sighting: Sighting, opened: Opened, lost: Lost) -> None:
+        """Ask for a source's descriptor; `opened` or `lost` answers, once."""
+        if inbox not in self.inboxes:
+            lost(job, "down", "its inbox is not configured any more")
+            return
+        self.inboxes[inbox].opening[job] = Question(time.monotonic(), opened, lost)
         self.inboxes[inbox].keeper.send(OpenSource(job=job, sighting=sighting))
 
     def scan_now(self, inbox: int) -> None:
@@ -149,60 +166,40 @@ class Intake:
             case WatcherReady(events=events):
                 child.ready(time.monotonic())
                 logger.bind(inbox=inbox.settings.path).info(f"watching {printable(inbox.settings.path)} ({events} events)")
+            case Profiles() as found:
+                self._on_report.profiles_found(inbox, found)
             case Sightings() as report:
-                self._store(inbox, report)
+                self._on_report.sightings(inbox, report)
             case Scanned() as scan:
                 self._scanned(inbox, scan)
             case InboxDown(what=what, hint=hint):
                 self._down(inbox, what, hint)
             case SourceOpened(job=job) if frame.descriptors:
-                inbox.opening.pop(job, None)
-                self._on_opened(job, frame.descriptors[0])
+                self._opened(inbox, job, frame.descriptors[0])
             case SourceLost(job=job, reason=reason, what=what):
                 self._lost(inbox, job, reason, what)
         self._on_news()
 
+    def _opened(self, inbox: Inbox, job: int, descriptor: int) -> None:
+        question = inbox.opening.pop(job, None)
+        if question is None:
+            os.close(descriptor)
+        else:
+            question.opened(job, descriptor)
+
     def _lost(self, inbox: Inbox, job: int, reason: str, what: str) -> None:
-        inbox.opening.pop(job, None)
-        self._on_lost(job, reason, what)
-
-    def _store(self, inbox: Inbox, report: Sightings) -> None:
-        if self._settings is None:
-            return
-        now = time.time()
-        options = self._settings.options(inbox.settings)
-        priority = PRIORITY[inbox.settings.priority]
-        settled: list[tuple[int, Sighting]] = []
-        gone: list[tuple[int, bytes]] = []
-        with self._ledger.transaction():
-            for sighting in report.seen:
-                self._ledger.see(inbox.number, sighting, now)
-            for sighting in report.settled:
-                job = self._ledger.see(inbox.number, sighting, now)
-                if self._ledger.job(job)["state"] == "seen":
-                    self._ledger.settle(job, sighting, options, now, priority=priority)
-                    settled.append((job, sighting))
-            for path in report.vanished:
-                live = self._ledger.live_job(inbox.number, path)
-                if live is not None and live["state"] in ("seen", "ready"):
-                    self._ledger.vanish(live["id"], now)
-                    gone.append((live["id"], path))
-        self._tell(inbox, settled, gone)
-
-    def _tell(self, inbox: Inbox, settled: list[tuple[int, Sighting]], gone: list[tuple[int, bytes]]) -> None:
-        log = logger.bind(inbox=inbox.settings.path)
-        for job, sighting in settled:
-            log.bind(job=job, event="settled").info(f"job {job} settled: {printable(sighting.path)} ({sighting.size} bytes)")
-        for job, path in gone:
-            log.bind(job=job, event="gone").info(f"job {job} gone: {printable(path)} is not in the inbox any more")
+        question = inbox.opening.pop(job, None)
+        if question is not None:
+            question.lost(job, reason, what)
 
     def _scanned(self, inbox: Inbox, scan: Scanned) -> None:
         if inbox.down or not inbox.scanned:
             self._ledger.inbox_up(inbox.number, time.time())
             if inbox.down:
                 logger.bind(inbox=inbox.settings.path).info(f"inbox {inbox.settings.path} is back")
+                self._on_report.back(inbox)
         inbox.scanned, inbox.down = True, ""
-        inbox.unsettled = scan.unsettled
+        inbox.unsettled, inbox.network = scan.unsettled, scan.network
 
     def _down(self, inbox: Inbox, what: str, hint: str) -> None:
         inbox.down = what
@@ -210,17 +207,22 @@ class Intake:
         logger.bind(inbox=inbox.settings.path, event="inbox_down").warning(f"inbox is down: {what}; {hint}")
 
 
-def _hello(number: int, inbox: InboxSettings, settings: Settings) -> WatchInbox:
+def watch_order(number: int, inbox: InboxSettings, settings: Settings) -> WatchInbox:
     return WatchInbox(
         inbox=number,
         path=os.fsencode(inbox.path),
         ledger=settings.state_dir,
-        exclude=tuple(os.fsencode(other.outbox_path) for other in settings.inbox),
-        include=settings.watcher.include,
-        ignore=settings.watcher.ignore,
+        exclude=tuple(sorted({os.fsencode(path) for other in settings.inbox for path in (other.outbox_path, other.archive_path)})),
+        include=inbox.include or settings.watcher.include,
+        ignore=(*settings.watcher.ignore, *inbox.ignore),
         recursive=inbox.recursive,
         events=inbox.events,
         quiet_s=settings.watcher.quiet_s,
         rescan_s=settings.watcher.rescan_s,
         poll_s=settings.watcher.poll_s,
     )
+
+
+def sighting_of(row: Mapping[str, Any]) -> Sighting:
+    """A job's file as it settled."""
+    return Sighting(**{name: row[name] for name in ("path", "dev", "inode", "size", "mtime_ns", "ctime_ns")})

@@ -45,7 +45,7 @@ from whisperd.wire import (
     WindowDone,
 )
 
-BOOT_PAUSE = Backoff(base_s=1.0, max_s=60.0)
+BOOT_PAUSE = Backoff(base_s=1.0, max_s=25.0)
 DRAIN_S = 60.0  # an asked engine that has not ended by then is terminated: what it decoded is kept anyway
 KILL_AFTER_TERM_S = 5.0
 SETTLING_BATCHES = 16  # until an engine has the memory that its work needs; what comes on top later is a leak
@@ -236,6 +236,10 @@ class Pool:
             if boot is not None and boot.failure is not None and not any(engine.serves for engine in self._of(share, quarantine=False)):
                 return boot.failure
         return None
+
+    def revision_of(self, model: str) -> str:
+        """The revision of a model that is loaded; "" while none is."""
+        return next((engine.ready.revision for engine in self.engines.values() if engine.ready and engine.request.model == model), "")
 
     def seats(self, free_mib: Mapping[str, int] = MappingProxyType({})) -> list[Seat]:
         """Who has room for whom. `free_mib` is what is left of each card's memory, where that is known."""

@@ -12,7 +12,7 @@ beyond the share of slots that long ones may have. Who may have killed a worker 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -152,22 +152,20 @@ def hand_out(
     seats: Sequence[Seat],
     now: float,
     *,
-    inboxes: Collection[int],
     in_hand: Mapping[int, int],
     turns: Turns,
 ) -> tuple[Row, Seat] | None:
     """The next job and the engine for it; None when there is no job, no room, or nothing for it to do but wait.
 
-    `ready` are jobs that may run now, each with its `model` ("" is any), `inboxes` those that can open their files, `in_hand` how many jobs
-    of each inbox are running. The caller tells `turns` when the job was really taken.
+    `ready` are jobs that may run now, each with its `model` ("" is any), `in_hand` how many jobs of each inbox are running. The caller
+    tells `turns` when the job was really taken.
     """
-    eligible = [row for row in ready if row["inbox_id"] in inboxes]
-    if not eligible or not any(_open(seat) for seat in seats):
+    if not ready or not any(_open(seat) for seat in seats):
         return None
-    others_wait = any(not suspect(row) and _fitting(row, seats) for row in eligible)
-    wary = any(map(suspect, eligible)) or any(seat.suspect for seat in seats)
+    others_wait = any(not suspect(row) and _fitting(row, seats) for row in ready)
+    wary = any(map(suspect, ready)) or any(seat.suspect for seat in seats)
     left = [_in_small_company(seat) if wary else seat for seat in seats]
-    for row in in_order(eligible, now, in_hand=in_hand, turns=turns):
+    for row in in_order(ready, now, in_hand=in_hand, turns=turns):
         seat = _alone(row, left, others_wait=others_wait) if suspect(row) else _together(row, left)
         if seat is not None:
             return row, seat
@@ -177,13 +175,13 @@ def hand_out(
     return None
 
 
-def wants_quarantine(ready: Sequence[Row], seats: Sequence[Seat], *, inboxes: Collection[int], model: str) -> bool:
+def wants_quarantine(ready: Sequence[Row], seats: Sequence[Seat], *, model: str) -> bool:
     """Whether an engine of this model should be there for suspects: some wait, or one is in hand there, and the others have work beside.
 
     Without one (no memory for it) one of the usual engines is emptied for them, again and again.
     """
     own = [seat for seat in seats if seat.model == model]
-    waiting = [row for row in ready if row["inbox_id"] in inboxes and (row.get("model") or model) == model]
+    waiting = [row for row in ready if (row.get("model") or model) == model]
     suspects = any(map(suspect, waiting)) or any(seat.quarantine and seat.tasks for seat in own)
     others = any(not suspect(row) for row in waiting) or any(seat.tasks and not seat.suspect for seat in own)
     return suspects and others

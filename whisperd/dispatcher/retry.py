@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from whisperd.vocabulary import Failure, FailureKind
 
-WAITING_PAUSE_S = 30.0
+WAITING_PAUSE_S = 15.0
 INTERRUPTIONS_MAX = 20
 """Deaths in a row that look like somebody's hand; from here on the file is held to blame after all."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable, Set
 
 import msgspec
 
@@ -19,35 +21,49 @@ class StagingFailed(WhisperdError):
     recoverable = True
 
 
-def stage(state_dir: str, name: str, transcript: Transcript) -> None:
-    """Write temp, fsync, rename, fsync directory. Raises StagingFailed; the name then stands for what it stood for before."""
+def stage(state_dir: str, name: str, transcript: Transcript) -> int:
+    """Write temp, fsync, rename, fsync directory; returns how many bytes it has.
+
+    Raises StagingFailed; the name then stands for what it stood for before.
+    """
     directory = os.path.join(state_dir, DIRECTORY)
     partial = os.path.join(directory, name + ".partial")
+    body = msgspec.json.encode(transcript)
     try:
         with open(partial, "wb") as file:
-            file.write(msgspec.json.encode(transcript))
+            file.write(body)
             file.flush()
             os.fsync(file.fileno())
         os.rename(partial, os.path.join(directory, name))
         _fsync_directory(directory)
     except OSError as error:
         raise StagingFailed(f"cannot keep a transcript in {directory}: {error.strerror}", hint="free space on that disk") from error
+    return len(body)
 
 
 def open_staged(state_dir: str, name: str) -> int:
-    """A descriptor of a staged transcript. Raises OSError."""
-    return os.open(os.path.join(state_dir, DIRECTORY, name), os.O_RDONLY | os.O_CLOEXEC)
+    """A descriptor of a staged transcript. Raises StagingFailed."""
+    path = os.path.join(state_dir, DIRECTORY, name)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StagingFailed(f"cannot read the staged transcript {path}: {error.strerror}", hint="look for errors of that disk") from error
 
 
-def drop_older(state_dir: str, before: float, keep: frozenset[str]) -> int:
-    """Remove staged files last written before then, except those still to be published; returns how many."""
+def drop(state_dir: str, names: Iterable[str]) -> int:
+    """Remove staged files; returns how many were there."""
     dropped = 0
-    with os.scandir(os.path.join(state_dir, DIRECTORY)) as entries:
-        for entry in entries:
-            if entry.name not in keep and entry.stat(follow_symlinks=False).st_mtime < before:
-                os.unlink(entry.path)
-                dropped += 1
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(state_dir, DIRECTORY, name))
+            dropped += 1
     return dropped
+
+
+def drop_orphans(state_dir: str, wanted: Set[str]) -> int:
+    """Remove staged files that nobody needs: of jobs that were made anew, or of a life that ended while it wrote."""
+    with os.scandir(os.path.join(state_dir, DIRECTORY)) as entries:
+        return drop(state_dir, [entry.name for entry in entries if entry.name not in wanted])
 
 
 def _fsync_directory(path: str) -> None:

@@ -17,7 +17,7 @@ from loguru import logger
 
 from whisperd.child import blames_the_work, kernel_memory_kills
 from whisperd.config import DispatcherSettings
-from whisperd.dispatcher import retry
+from whisperd.dispatcher import retry, reuse
 from whisperd.dispatcher.engines import Engine, Memory
 from whisperd.dispatcher.intake import Intake
 from whisperd.dispatcher.pool import Pool
@@ -137,18 +137,23 @@ class Work:
             failure = Failure(kind=FailureKind.TRANSIENT, code="windows_missing", what="the engine did not report every window")
             self._job_failed(engine, job, failure)
             return
+        if row["sha256"] not in (None, summary.source_sha256):
+            failure = Failure(kind=FailureKind.TRANSIENT, code="changed_while_read", what="the file got another content while it waited")
+            self._job_failed(engine, job, failure)
+            return
+        options = self._ledger.options(row)
         transcript = assemble(
             source=printable(os.path.basename(row["path"])),
             size=row["size"],
             mtime_ns=row["mtime_ns"],
             windows=windows,
-            options=self._ledger.options(row),
+            options=options,
             summary=summary,
         )
         now = time.time()
         name = f"{job}.json"
         try:
-            stage(self._ledger.state_dir, name, transcript)
+            size = stage(self._ledger.state_dir, name, transcript)
         except StagingFailed as error:
             self._job_failed(engine, job, Failure(kind=FailureKind.WAITING, code=error.code, what=error.what, hint=error.hint))
             return
@@ -165,6 +170,9 @@ class Work:
                 language=transcript.language,
                 process_s=process_s,
                 quality=transcript.quality.verdict,
+                asked=reuse.question(options, engine.request.model),
+                revision=summary.model_revision,
+                size=size,
             )
             self._ledger.record_throughput(job, workers=len(self._pool.working()), audio_s=summary.duration_s, wall_s=wall_s, now=now)
         engine.finished_at = now

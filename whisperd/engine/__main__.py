@@ -346,6 +346,7 @@ class Engine:
             tracks=heard.tracks,
             channels=heard.channels,
             doubts=heard.doubts,
+            start_offset_s=heard.start_offset_s,
             model=loaded.name,
             model_revision=loaded.revision,
             device=loaded.device,

@@ -1,6 +1,6 @@
 """audio: a recording as a stream of 16 kHz blocks, from an open descriptor.
 
-Owns: what media may be: which containers are read at all, which track of them, how long, how many channels. Memory does not grow with
+Owns: which track of a container is decoded, and that all of it is: with silence where its own times leave a hole. Memory does not grow with
 the length. Fails with `MediaRefused` (caps, no audio, not media) and `MediaDamaged` (truncated, corrupt): both are the file's own
 fault. What only may be a fault is in `Recording.doubts`.
 """
@@ -8,27 +8,27 @@ fault. What only may be a fault is in `Recording.doubts`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 from av.audio.fifo import AudioFifo
 from av.audio.resampler import AudioResampler
 from av.error import FFmpegError
 from av.stream import Discard, Disposition
 
-from whisperd.engine import choice, container
+from whisperd.engine import choice, container, media
 from whisperd.engine.choice import Track
-from whisperd.engine.whole import Promised, Reach, gap_of, loss_of, promise
-from whisperd.errors import WhisperdError
+from whisperd.engine.media import Caps, MediaDamaged, MediaRefused, Source
+from whisperd.engine.timeline import Timeline
+from whisperd.engine.whole import Reach, gap_of, loss_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+__all__ = ["RATE_HZ", "Caps", "MediaDamaged", "MediaRefused", "Recording", "Source", "sha256_of"]
 
 RATE_HZ = 16_000
 BLOCK_SAMPLES = RATE_HZ * 2
@@ -38,34 +38,8 @@ LISTEN_S = 10.0  # at each of LISTEN_PLACES of a recording, to learn which track
 LISTEN_PLACES = 6
 LISTEN_PACKETS_MAX = 20_000
 
-DEMUXERS = (
-    "wav,w64,aiff,caf,au,voc,mp3,aac,flac,ogg,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,asf,avi,flv,mpeg,mpegts,amr,amrnb,amrwb,"
-    "ac3,eac3,ape,wv,tta,mpc,mpc8,gsm,dsf,nistsphere"
-)
-"""Containers that hold recordings. Playlists, network and scripting demuxers (hls, concat, sdp, image2 …) are not among them."""
-
 Listen = Callable[["NDArray[np.float32]"], float]
 """How many seconds of 16 kHz samples are speech."""
-
-
-class MediaRefused(WhisperdError):
-    """The file is whole, but there is nothing to transcribe in it, or more than we allow."""
-
-    code = "media_refused"
-
-
-class MediaDamaged(WhisperdError):
-    """Part of the recording is missing or unreadable: a short transcript of it must not be called good."""
-
-    code = "media_damaged"
-
-
-class Caps(NamedTuple):
-    """What a recording may ask of us."""
-
-    duration_max_s: float
-    channels_max: int
-    rate_max_hz: int
 
 
 class Recording:
@@ -85,45 +59,45 @@ class Recording:
         split_channels: bool = False,
         listen: Listen | None = None,
     ) -> None:
-        if os.fstat(descriptor).st_size == 0:
-            raise MediaRefused("the file is empty (0 bytes)", hint="copy the recording again")
+        media.check_file(descriptor)
         self._caps = caps
         self._file = Source(descriptor, "rb", closefd=False)
-        check_promised_size(descriptor)
-        self._container = self._open()
+        self._container = media.open_media(self._file)
         self.track = self._choose_track(track, language, listen).number
-        self._stream = self._audio()[self.track - 1]
+        self._stream = media.audio_of(self._container)[self.track - 1]
         context = self._stream.codec_context
-        self.tracks = len(self._audio())
+        self.tracks = len(media.audio_of(self._container))
         self.channels: int = context.channels if split_channels and context.channels in CHANNELS_SPLIT else 1
         self.container_name = str(self._container.format.name)
         self.codec_name = str(context.name)
-        self.declared_s = self._declared_s()
+        self.declared_s = media.declared_s(self._container, self._stream)
+        self.start_offset_s = media.late_s(self._container, self._stream)
         self.decoded_samples = 0
         self.doubts: tuple[str, ...] = ()
-        self._promised = self._promise()
+        self._promised = media.promise_of(descriptor, self._container, self._stream)
         self._reach = Reach()
-        self._check_caps()
+        self._timeline = Timeline(media.begin_s(self._stream), media.hole_max_s(self._container, self._stream, caps))
+        media.check_caps(self._stream, self._promised, caps)
 
     @property
     def duration_s(self) -> float:
         return self.decoded_samples / RATE_HZ
 
+    @property
+    def heard_s(self) -> float:
+        """What was really there, without the silence put into holes."""
+        return self.duration_s - self._timeline.filled_s
+
     def blocks(self) -> Iterator[NDArray[np.float32]]:
         """Blocks of float32 samples in -1..1, 16 kHz, [channels, n], about 2 s each. Raises MediaDamaged, MediaRefused."""
-        resampled = Resampled("mono" if self.channels == 1 else self._stream.codec_context.layout)
         pending: list[NDArray[np.int16]] = []
         held = 0
-        for frame in self._frames():
-            pieces = resampled.feed(frame)
-            if not pieces:
-                continue
-            pending += pieces
-            held += sum(piece.shape[1] for piece in pieces)
+        for piece in self._pieces():
+            pending.append(piece)
+            held += piece.shape[1]
             if held >= BLOCK_SAMPLES:
                 yield self._block(pending)
                 pending, held = [], 0
-        pending += resampled.end()
         if pending:
             yield self._block(pending)
         self._check_whole()
@@ -134,34 +108,8 @@ class Recording:
             self._container.close()
         self._file.close()
 
-    # --- opening ---
-
-    def _open(self) -> Any:
-        self._file.seek(0)
-        try:
-            return av.open(
-                self._file,
-                mode="r",
-                metadata_errors="ignore",
-                options={"format_whitelist": DEMUXERS, "protocol_whitelist": "none"},
-            )
-        except (FFmpegError, ValueError) as error:
-            what = container.looks_like(os.pread(self._file.fileno(), 512, 0))
-            raise MediaRefused(
-                f"the file is not audio or video that can be read ({what or _reason(error)})",
-                hint="open it in a media player; if it plays there, convert it to WAV, FLAC or MP3 and drop it again",
-            ) from error
-
-    def _audio(self) -> list[Any]:
-        return [stream for stream in self._container.streams.audio if stream.codec_context is not None]
-
     def _choose_track(self, wanted: str, language: str, listen: Listen | None) -> Track:
-        found = [track_of(number, stream) for number, stream in enumerate(self._audio(), 1)]
-        if not found:
-            kinds = sorted({stream.type for stream in self._container.streams}) or ["nothing"]
-            raise MediaRefused(
-                f"there is no sound in the file (it holds {', '.join(kinds)})", hint="check that the recording has an audio track"
-            )
+        found = [track_of(number, stream) for number, stream in enumerate(media.audio_of(self._container), 1)]
         try:
             meant = choice.candidates(found, wanted, language)
         except LookupError:
@@ -170,40 +118,24 @@ class Recording:
             ) from None
         if len(meant) == 1 or listen is None:
             return choice.choose(meant, [0.0] * len(meant))
-        streams = self._audio()
+        streams = media.audio_of(self._container)
         spoken_s = spoken(self._container, [streams[track.number - 1] for track in meant], listen)
         self._container.close()
-        self._container = self._open()  # not every container can be sought back to its very beginning
+        self._container = media.open_media(self._file)  # not every container can be sought back to its very beginning
         return choice.choose(meant, spoken_s)
 
-    def _declared_s(self) -> float | None:
-        """The length the container itself promises, over all its streams."""
-        if self._container.duration:
-            return float(self._container.duration) / 1_000_000
-        return _length_s(self._stream)
-
-    def _promise(self) -> Promised | None:
-        """What must be there, by the container's own words."""
-        if self.container_name == "mp3" and not container.has_mp3_header(self._file.fileno()):
-            return None
-        return promise(self.container_name, self.declared_s, _length_s(self._stream))
-
-    def _check_caps(self) -> None:
-        context, promised = self._stream.codec_context, self._promised
-        if promised is not None and promised.length_s > self._caps.duration_max_s:
-            self._refuse_length(promised.length_s)
-        if context.channels > self._caps.channels_max:
-            raise MediaRefused(f"the recording has {context.channels} channels, more than the {self._caps.channels_max} allowed")
-        if context.sample_rate > self._caps.rate_max_hz:
-            raise MediaRefused(f"the recording has {context.sample_rate} samples a second, more than the {self._caps.rate_max_hz} allowed")
-
-    def _refuse_length(self, length_s: float) -> None:
-        raise MediaRefused(
-            f"the recording is longer ({length_s:.0f} s) than the {self._caps.duration_max_s:.0f} s allowed",
-            hint="raise engine.duration_max_s or split the recording",
-        )
-
     # --- streaming ---
+
+    def _pieces(self) -> Iterator[NDArray[np.int16]]:
+        """16 kHz samples [channels, n] without a hole, at most about a second each."""
+        resampled = Resampled("mono" if self.channels == 1 else self._stream.codec_context.layout)
+        for frame in self._frames():
+            hole_s = self._timeline.hole_before(frame.time, frame.samples / frame.sample_rate)
+            if hole_s:
+                yield from resampled.end()
+                yield from silence(self.channels, round(hole_s * RATE_HZ))
+            yield from resampled.feed(frame)
+        yield from resampled.end()
 
     def _frames(self) -> Iterator[Any]:
         """Decoded frames of the track. Where the container's end is not the track's own, all streams are demuxed to know it."""
@@ -220,7 +152,7 @@ class Recording:
                     reach.note(packet)
         except FFmpegError as error:
             raise MediaDamaged(
-                f"the recording cannot be read past {self.duration_s:.1f} s ({_reason(error)})", hint="copy the recording again"
+                f"the recording cannot be read past {self.duration_s:.1f} s ({media.reason_of(error)})", hint="copy the recording again"
             ) from error
 
     def _demuxed(self) -> Iterator[Any]:
@@ -242,7 +174,7 @@ class Recording:
         samples = _floats(pieces)
         self.decoded_samples += samples.shape[1]
         if self.duration_s > self._caps.duration_max_s:
-            self._refuse_length(self.duration_s)
+            raise media.too_long(self.duration_s, self._caps)
         return heard_once(samples)
 
     # --- the end ---
@@ -253,30 +185,20 @@ class Recording:
             raise MediaDamaged(f"{self._reach.told_bad} cannot be decoded", hint="copy the recording again")
         if self.decoded_samples == 0:
             raise MediaRefused("the file has an audio track, but no sound in it (0.0 s)", hint="check the recording")
-        loss = loss_of(self._promised, self._reach, self.duration_s)
+        loss = loss_of(self._promised, self._reach, self.heard_s)
         if loss:
             raise MediaDamaged(loss, hint="the copy was probably interrupted; copy the recording again")
 
     def _doubts(self) -> Iterator[str]:
         if self._reach.bad:
             yield f"{self._reach.told_bad} cannot be decoded"
-        gap = gap_of(self._promised, self.duration_s)
+        gap = gap_of(self._promised, self.heard_s)
         if gap:
             yield gap
         last = self._reach.last
         doubt = container.doubt_about_end(self._file.fileno(), self.container_name, b"" if last is None else bytes(last))
         if doubt:
             yield doubt
-
-
-class Source(io.FileIO):
-    """The file under a demuxer, which a spoilt header may send to places that no file has: to that the answer is no, not an exception."""
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        try:
-            return super().seek(offset, whence)
-        except OSError as error:
-            return -(error.errno or errno.EINVAL)
 
 
 class Resampled:
@@ -325,13 +247,19 @@ class Resampled:
 
 
 def unconvertible(error: Exception) -> MediaDamaged:
-    return MediaDamaged(f"the sound cannot be converted ({_reason(error)})", hint="convert it to WAV, FLAC or MP3")
+    return MediaDamaged(f"the sound cannot be converted ({media.reason_of(error)})", hint="convert it to WAV, FLAC or MP3")
 
 
 def _channels(frame: Any) -> NDArray[np.int16]:
     """The samples of an interleaved frame, [channels, n]. (PyAV crashes on frames of 8 channels that lie one behind the other.)"""
     samples: NDArray[np.int16] = frame.to_ndarray()
     return samples.reshape(-1, frame.layout.nb_channels).T
+
+
+def silence(channels: int, samples: int) -> Iterator[NDArray[np.int16]]:
+    """So many samples of silence, a second at a time."""
+    for begin in range(0, samples, RATE_HZ):
+        yield np.zeros((channels, min(RATE_HZ, samples - begin)), np.int16)
 
 
 def heard_once(samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -352,25 +280,25 @@ def track_of(number: int, stream: Any) -> Track:
     return Track(number, stream.language or "", bool(stream.disposition & Disposition.default))
 
 
-def spoken(media: Any, streams: Sequence[Any], listen: Listen) -> list[float]:
+def spoken(film: Any, streams: Sequence[Any], listen: Listen) -> list[float]:
     """Seconds of speech on each of these tracks of a container, in a minute of it, whatever its length."""
-    length_s = float(media.duration or 0) / 1_000_000
+    length_s = float(film.duration or 0) / 1_000_000
     all_s = LISTEN_PLACES * LISTEN_S
     places = [(place + 0.5) / LISTEN_PLACES * length_s - LISTEN_S / 2 for place in range(LISTEN_PLACES)] if length_s > all_s else []
-    excerpts = [excerpt(media, streams, place_s, LISTEN_S) for place_s in places]
+    excerpts = [excerpt(film, streams, place_s, LISTEN_S) for place_s in places]
     if not any(len(samples) for found in excerpts for samples in found):  # short, of unknown length, or it cannot be sought
-        excerpts = [excerpt(media, streams, 0.0, all_s)]
+        excerpts = [excerpt(film, streams, 0.0, all_s)]
     return [sum(map(listen, samples)) for samples in zip(*excerpts, strict=True)]
 
 
-def excerpt(media: Any, streams: Sequence[Any], begin_s: float, length_s: float) -> list[NDArray[np.float32]]:
+def excerpt(film: Any, streams: Sequence[Any], begin_s: float, length_s: float) -> list[NDArray[np.float32]]:
     """What can be read of these tracks from this place on, at most so much of each."""
     sound: dict[int, list[NDArray[np.int16]]] = {stream.index: [] for stream in streams}
     resampled = {stream.index: Resampled("mono") for stream in streams}
-    end_s = begin_s + length_s + float(media.start_time or 0) / 1_000_000
+    end_s = begin_s + length_s + float(film.start_time or 0) / 1_000_000
     try:
-        media.seek(round(begin_s * 1_000_000) + (media.start_time or 0))
-        for count, packet in enumerate(media.demux(streams)):
+        film.seek(round(begin_s * 1_000_000) + (film.start_time or 0))
+        for count, packet in enumerate(film.demux(streams)):
             if count > LISTEN_PACKETS_MAX or (packet.pts is not None and packet.pts * packet.time_base > end_s):
                 break
             with contextlib.suppress(FFmpegError):
@@ -391,27 +319,6 @@ def _floats(pieces: list[NDArray[np.int16]]) -> NDArray[np.float32]:
 
 
 # --- the file ------------------------------------------------------------------------------------------------------------------
-
-
-def check_promised_size(descriptor: int) -> None:
-    """Some containers say in their first bytes how large they are; FFmpeg believes the file instead. Raises MediaDamaged when cut off."""
-    promise, there = container.promise_of(descriptor), os.fstat(descriptor).st_size
-    if promise is not None and promise.size - there > promise.slack:
-        raise MediaDamaged(
-            f"the recording is cut off: {there} of the {promise.size} bytes it promises are there",
-            hint="the copy was probably interrupted; copy the recording again",
-        )
-
-
-def _length_s(stream: Any) -> float | None:
-    return float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FFmpegError) and error.errno == errno.EINVAL:  # FFmpeg's EINVAL: the demuxer is not in our list
-        return "a kind of file that holds no recording"
-    text = error.strerror if isinstance(error, FFmpegError) else str(error)
-    return (text or type(error).__name__).lower()
 
 
 def sha256_of(descriptor: int) -> str:

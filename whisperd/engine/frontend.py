@@ -52,6 +52,7 @@ class Heard(NamedTuple):
     tracks: int
     channels: int
     doubts: tuple[str, ...]
+    start_offset_s: float
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,6 +199,7 @@ class Feed:
             tracks=recording.tracks,
             channels=recording.channels,
             doubts=recording.doubts,
+            start_offset_s=recording.start_offset_s,
         )
 
     # --- sequential: one pass after the other over the whole recording, as faster-whisper goes ---

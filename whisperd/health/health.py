@@ -22,6 +22,7 @@ from whisperd.health.heals import CoolDown
 
 Act = Callable[[], None]
 
+RESCAN_S = 3600.0  # watchers list their inboxes by themselves every watcher.rescan_s, or more rarely where that is dear
 OPTIMISE_S = 2.0  # guards look this often; plans are made every dispatcher.interval_s
 
 
@@ -73,7 +74,7 @@ class Health:
             Periodic("beat", 2.0, lambda: acts.post(acts.beat)),
             Periodic("optimise", OPTIMISE_S, lambda: acts.post(acts.optimise)),
             Periodic("judge", limits.judge_s, lambda: acts.post(self.judge)),
-            Periodic("rescan", self._settings.watcher.rescan_s, lambda: acts.post(acts.rescan)),
+            Periodic("rescan", RESCAN_S, lambda: acts.post(acts.rescan)),
             Periodic("checkpoint", limits.checkpoint_s, lambda: acts.post(acts.checkpoint)),
             Periodic("retention", 6 * 3600.0, lambda: acts.post(acts.retention)),
             Periodic("backup", limits.backup_s, acts.backup),

@@ -1,28 +1,34 @@
 """python -m whisperd.outbox: one outbox, served for the daemon.
 
-Owns: the life of the process. It is told where to publish, says that it is ready, and answers each request with Published or
-PublishFailed, one after the other. It ends on Stop or when the wire closes; nothing that is wrong with one request ends it.
-A publication cut off by SIGKILL is finished by sending the same request again.
+Owns: the life of the process. It is told where to publish, says that it is ready, and answers each request one after the other:
+Published or PublishFailed, Disposed or DisposeFailed. It ends on Stop or when the wire closes; nothing that is wrong with one request
+ends it. What SIGKILL cut off is finished by sending the same request again.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import NamedTuple
 
 import msgspec
 from loguru import logger
 
 from whisperd.log import to_parent
+from whisperd.outbox.disposal import Disposal
 from whisperd.outbox.failures import StagedBroken, Unpublished, explain
 from whisperd.outbox.place import Outbox
-from whisperd.outbox.publish import publish
+from whisperd.outbox.publish import publish, remove_own
 from whisperd.outbox.render import render
-from whisperd.vocabulary import Failure, FailureKind, Transcript
+from whisperd.vocabulary import Failure, FailureKind, SubtitleShape, Transcript
 from whisperd.wire import (
     Channel,
+    Dispose,
+    Disposed,
+    DisposeFailed,
     Frame,
     OutboxIn,
+    OutboxOut,
     OutboxReady,
     Publish,
     Published,
@@ -33,6 +39,7 @@ from whisperd.wire import (
     Stop,
     WireBroken,
     WireClosed,
+    Withdraw,
     join_daemon,
 )
 
@@ -40,6 +47,14 @@ ERROR_FORMAT = "error.txt"
 SCHEMA = "whisperd.transcript/1"
 _READ_BYTES = 1 << 20
 _decoder = msgspec.json.Decoder(Transcript)
+
+
+class Desk(NamedTuple):
+    """What one process serves."""
+
+    outbox: Outbox
+    disposal: Disposal
+    shape: SubtitleShape
 
 
 def main() -> int:
@@ -57,19 +72,19 @@ def main() -> int:
 
 def serve(channel: Channel[OutboxIn]) -> None:
     """Answer requests until Stop. Raises WireClosed, WireBroken."""
-    outbox: Outbox | None = None
+    desk: Desk | None = None
     while True:
         for frame in channel.wait(None):
             if isinstance(frame.message, Stop):
                 return
             if isinstance(frame.message, ServeOutbox):
-                outbox = prepare(frame.message)
+                desk = prepare(frame.message)
                 _close(frame)
                 channel.send_all(OutboxReady())
-            elif outbox is None:
+            elif desk is None:
                 raise WireBroken("asked to publish before being told where")
             else:
-                reply = answer(outbox, frame.message, frame.descriptors)
+                reply = answer(desk, frame.message, frame.descriptors)
                 _close(frame)
                 channel.send_all(reply)
 
@@ -79,7 +94,7 @@ def _close(frame: Frame[OutboxIn]) -> None:
         os.close(descriptor)
 
 
-def prepare(terms: ServeOutbox) -> Outbox:
+def prepare(terms: ServeOutbox) -> Desk:
     """Make the outbox if it is absent. One that cannot be made now is tried again with every request, which will say why."""
     outbox = Outbox(terms)
     try:
@@ -87,31 +102,38 @@ def prepare(terms: ServeOutbox) -> Outbox:
             pass
     except Unpublished as error:
         logger.warning("{}", error)
-    return outbox
+    return Desk(outbox, Disposal(terms), terms.subtitles)
 
 
-def answer(outbox: Outbox, request: Publish | PublishError, descriptors: list[int]) -> Published | PublishFailed:
+def answer(desk: Desk, request: Publish | PublishError | Withdraw | Dispose, descriptors: list[int]) -> OutboxOut:
     """Do what one request asks, and say how it went."""
+    failed = DisposeFailed if isinstance(request, Dispose) else PublishFailed
     try:
-        return Published(job=request.job, files=_obey(outbox, request, descriptors))
+        if isinstance(request, Dispose):
+            return Disposed(job=request.job, how=desk.disposal.dispose(request))
+        return Published(job=request.job, files=_obey(desk, request, descriptors))
     except Unpublished as error:
-        return PublishFailed(job=request.job, failure=error.failure())
+        return failed(job=request.job, failure=error.failure())
     except OSError as error:
-        return PublishFailed(job=request.job, failure=explain(error, "publish in", outbox.path).failure())
+        deed, path = ("put away from", request.inbox) if isinstance(request, Dispose) else ("publish in", desk.outbox.path)
+        return failed(job=request.job, failure=explain(error, deed, path).failure())
     except Exception as error:  # noqa: BLE001 - a fault of ours met by one transcript must not stop the publishing of all others
-        logger.opt(exception=error).error("cannot publish job {}", request.job)
-        what = f"cannot publish: {type(error).__name__} in the outbox writer"
+        logger.opt(exception=error).error("cannot finish job {}", request.job)
+        what = f"cannot finish: {type(error).__name__} in the outbox writer"
         failure = Failure(kind=FailureKind.TRANSIENT, code="internal", what=what, hint="the journal has the details; please report it")
-        return PublishFailed(job=request.job, failure=failure)
+        return failed(job=request.job, failure=failure)
 
 
-def _obey(outbox: Outbox, request: Publish | PublishError, descriptors: list[int]) -> tuple[PublishedFile, ...]:
+def _obey(desk: Desk, request: Publish | PublishError | Withdraw, descriptors: list[int]) -> tuple[PublishedFile, ...]:
+    if isinstance(request, Withdraw):
+        remove_own(desk.outbox, request.file)
+        return ()
     if isinstance(request, PublishError):
         text = request.text.encode("utf-8", "replace")
-        return publish(outbox, job=request.job, base=request.base, contents={ERROR_FORMAT: text}, own=request.own)
+        return publish(desk.outbox, job=request.job, base=request.base, contents={ERROR_FORMAT: text}, own=request.own)
     transcript = read_staged(descriptors)
-    contents = {name: render(transcript, name) for name in request.formats}
-    return publish(outbox, job=request.job, base=request.base, contents=contents, own=request.own, stale=request.stale)
+    contents = {name: render(transcript, name, desk.shape) for name in request.formats}
+    return publish(desk.outbox, job=request.job, base=request.base, contents=contents, own=request.own, stale=request.stale)
 
 
 def read_staged(descriptors: list[int]) -> Transcript:

@@ -1,4 +1,4 @@
-"""failures: why something could not be published, as named errors with a kind, a sentence and what to do.
+"""failures: why something could not be published or put away, as named errors with a kind, a sentence and what to do.
 
 Owns: `Unpublished` and its kinds, and the table that tells what an errno means for an outbox.
 An absent, full or denied outbox is waited for (P5): such a failure spends no attempt.
@@ -16,17 +16,21 @@ from whisperd.vocabulary import Failure, FailureKind
 
 
 class Unpublished(WhisperdError):
-    """Base of every reason why a publication did not happen. `advice` is the hint when nothing better is known."""
+    """Base of every reason why a publication did not happen. `advice` is the hint when nothing better is known.
+
+    `where` is the directory it was met in: the outbox, or the inbox or archive of a disposal. It takes its place in the code.
+    """
 
     kind: ClassVar[FailureKind] = FailureKind.PERMANENT
     advice: ClassVar[str] = ""
 
     def __init__(self, what: str, *, hint: str = "") -> None:
         super().__init__(what, hint=hint or self.advice)
+        self.where = ""
 
     def failure(self) -> Failure:
         """The same, as it travels to the daemon."""
-        return Failure(kind=self.kind, code=self.code, what=self.what, hint=self.hint)
+        return Failure(kind=self.kind, code=self.code.replace("outbox", self.where or "outbox"), what=self.what, hint=self.hint)
 
 
 # --- the request itself --------------------------------------------------------------------------------------------------------
@@ -80,22 +84,22 @@ class Waiting(Unpublished):
 
 class OutboxFull(Waiting):
     code = "outbox_full"
-    advice = "free some space or raise the quota; the transcript is kept and published as soon as there is room"
+    advice = "free some space or raise the quota; nothing is lost meanwhile, and it goes on as soon as there is room"
 
 
 class OutboxReadOnly(Waiting):
     code = "outbox_read_only"
-    advice = "mount the outbox writable, or name it in ReadWritePaths= of the unit; if it became read-only by itself, look for disk errors"
+    advice = "mount it writable, or name it in ReadWritePaths= of the unit; if it became read-only by itself, look for disk errors"
 
 
 class OutboxDenied(Waiting):
     code = "outbox_denied"
-    advice = "allow the user of whisperd to write there (owner, mode, ACL, export options of the share)"
+    advice = "allow the user of whisperd to write in that directory (owner, mode, ACL, export options of the share)"
 
 
 class OutboxAbsent(Waiting):
     code = "outbox_absent"
-    advice = "mount the share or make the directory; the transcript is kept and published when it is back"
+    advice = "mount the share or make the directory; nothing is lost meanwhile, and it goes on when it is back"
 
 
 class FolderGone(OutboxAbsent):
@@ -106,14 +110,14 @@ class OutboxBlocked(Waiting):
     """Something that is not a directory, or a symbolic link, stands where a sub-directory belongs."""
 
     code = "outbox_blocked"
-    advice = "move it away: whisperd follows no symbolic link inside an outbox"
+    advice = "move it away: whisperd follows no symbolic link there"
 
 
 class OutboxTrouble(Waiting):
     """Any other error of the filesystem."""
 
     code = "outbox_io"
-    advice = "look for errors of this disk or share in the kernel log; publishing is tried again by itself"
+    advice = "look for errors of this disk or share in the kernel log; it is tried again by itself"
 
 
 _BY_ERRNO: dict[int, type[Unpublished]] = {
@@ -132,6 +136,16 @@ def explain(error: OSError, deed: str, path: bytes) -> Unpublished:
     """What an error of the operating system means for whoever waits for a transcript."""
     meaning = _BY_ERRNO.get(error.errno or 0, OutboxTrouble)
     return meaning(f"cannot {deed} {printable(path)}: {(error.strerror or type(error).__name__).lower()}")
+
+
+@contextmanager
+def met_in(where: str) -> Iterator[None]:
+    """Let what fails inside say that it was the inbox or the archive. The innermost knows best."""
+    try:
+        yield
+    except Unpublished as error:
+        error.where = error.where or where
+        raise
 
 
 @contextmanager

@@ -6,11 +6,13 @@ Owns: the check that a name stays inside the outbox, names too long for a filesy
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 from whisperd.errors import printable
 from whisperd.outbox.failures import BadName
 
 NAME_BYTES_MAX = 255
+NAMES_TRIED = 1000
 _MARK_DIGITS = 8
 
 
@@ -40,6 +42,14 @@ def _cut(name: bytes, length: int) -> bytes:
         if name[end] & 0xC0 != 0x80:
             return name[:end]
     return name[:length]
+
+
+def numbered(path: bytes) -> Iterator[bytes]:
+    """`path`, then `path`.2, `path`.3 and so on."""
+    yield path
+    for number in range(2, NAMES_TRIED):
+        suffix = b".%d" % number
+        yield fit_name(path, suffix) + suffix
 
 
 def temporary(job: int, suffix: str) -> bytes:

@@ -7,6 +7,7 @@ Fails with the errors of `failures`; above all, an outbox whose share went away 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -26,6 +27,7 @@ _FRESH = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_BYTES = 1 << 20
 
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+CANNOT_RENAME_SO = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 CANNOT_LINK = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 CANNOT_OWN = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 UNREADABLE = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
@@ -35,10 +37,11 @@ FOREIGN = "foreign"
 
 
 class Owner(NamedTuple):
-    """To whom new things are given; -1 leaves it as it is."""
+    """To whom new things are given; -1 leaves it as it is. `firm`: the group was named, so that no setgid folder has its way."""
 
     uid: int = -1
     gid: int = -1
+    firm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class Folder:
         """
         with attempting("look at", self.full(name)):
             try:
-                descriptor = os.open(name, _LOOK, dir_fd=self.descriptor)
+                descriptor = open_file(self.descriptor, name)
             except FileNotFoundError:
                 return None
             except OSError as error:
@@ -68,15 +71,25 @@ class Folder:
                     raise
                 os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)  # a folder we may not enter is another matter
                 return FOREIGN
-            with _closing(descriptor):
-                return _digest(descriptor, size)
+            with closing(descriptor):
+                return digest(descriptor, size=size)
 
     def write(self, temporary: bytes, content: bytes, *, meant_for: bytes) -> None:
         """A new file, whole and durable, that will be `meant_for`. What an earlier run left at the temporary name is never
         written to: it may be a second name of a published file."""
-        with attempting("write", self.full(meant_for)), _closing(self._create(temporary)) as descriptor:
+        with attempting("write", self.full(meant_for)), closing(self._create(temporary)) as descriptor:
             _give(descriptor, self.owner, self.file_mode, inherits=_hands_down_group(self.descriptor))
             _write_all(descriptor, content)
+            _sync(descriptor)
+
+    def copy(self, source: int, temporary: bytes, *, meant_for: bytes) -> None:
+        """The same for a copy of an open file, with its mode, its time, and its owner where that can be had."""
+        known = os.fstat(source)
+        with attempting("copy to", self.full(meant_for)), closing(self._create(temporary)) as descriptor:
+            _give(descriptor, Owner(known.st_uid, known.st_gid, firm=True), stat.S_IMODE(known.st_mode), inherits=False)
+            for data in _read(source):
+                _write_all(descriptor, data)
+            os.utime(descriptor, ns=(known.st_atime_ns, known.st_mtime_ns))
             _sync(descriptor)
 
     def _create(self, name: bytes) -> int:
@@ -96,18 +109,9 @@ class Folder:
             except OSError as error:
                 if error.errno not in CANNOT_LINK:
                     raise
-                return self._rename_where_nothing_is(temporary, name)
+                return move(self.descriptor, temporary, self.descriptor, name)
             self.discard(temporary)
             return True
-
-    def _rename_where_nothing_is(self, temporary: bytes, name: bytes) -> bool:
-        """The second best, for filesystems without hard links (vfat, many FUSE ones): look, then rename."""
-        try:
-            os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-        except FileNotFoundError:
-            os.rename(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
-            return True
-        return False
 
     def replace(self, temporary: bytes, name: bytes) -> None:
         """Put a finished file in the place of an older one of ours."""
@@ -134,9 +138,10 @@ class Outbox:
     def __init__(self, terms: ServeOutbox) -> None:
         self.path = os.path.normpath(terms.path)
         self._terms = terms
-        self._owner: Owner | None = None
+        self._like: Owner | None = None
         self._device_above: int | None = None
         self._was_mounted = False
+        self.unsure: set[bytes] = set()
 
     @contextmanager
     def folder(self, parts: tuple[bytes, ...] = (), *, make: bool = True) -> Iterator[Folder]:
@@ -152,15 +157,20 @@ class Outbox:
             os.close(folder.descriptor)
 
     def _folder(self, descriptor: int, path: bytes) -> Folder:
-        return Folder(descriptor, path, self._owner or Owner(), self._terms.file_mode)
+        return Folder(descriptor, path, self._owner(), self._terms.file_mode)
+
+    def _owner(self) -> Owner:
+        """As the settings name it, else as the inbox has it."""
+        uid, gid, like = self._terms.uid, self._terms.gid, self._like or Owner()
+        return Owner(like.uid if uid < 0 else uid, like.gid if gid < 0 else gid, firm=gid >= 0)
 
     # --- the outbox itself ---
 
     def _open_root(self) -> Folder:
-        self._owner = self._owner or _owner_like(self._terms.like)
+        self._like = self._like or _owner_like(self._terms.like)
         with attempting("open the outbox", self.path):
             try:
-                descriptor = os.open(self.path, _DIRECTORY)
+                descriptor = open_root(self.path)
             except FileNotFoundError:
                 descriptor = self._make_root()
             try:
@@ -182,7 +192,7 @@ class Outbox:
         """Make the outbox, unless its share seems to be away: the inbox is missing too, or its parent is another filesystem now."""
         if not os.path.isdir(self._terms.like):
             raise OutboxAbsent(f"cannot make the outbox {printable(self.path)}: {printable(self._terms.like)} is not there either")
-        with _closing(os.open(os.path.dirname(self.path), _DIRECTORY)) as above:
+        with closing(open_root(os.path.dirname(self.path))) as above:
             if self._device_above not in (None, os.fstat(above).st_dev):
                 raise OutboxAbsent(f"cannot publish in {printable(self.path)}: its filesystem is no longer mounted")
             return self._make(above, os.path.basename(self.path))
@@ -193,7 +203,7 @@ class Outbox:
         path = above.full(name)
         with attempting("open the folder", path):
             try:
-                return self._folder(_open_below(above.descriptor, name), path)
+                return self._folder(open_below(above.descriptor, name), path)
             except FileNotFoundError:
                 if not make:
                     raise FolderGone(f"cannot open the folder {printable(path)}: it is not there") from None
@@ -208,10 +218,10 @@ class Outbox:
         try:
             os.mkdir(name, self._terms.directory_mode, dir_fd=above)
         except FileExistsError:  # somebody else made it a moment ago: then it is theirs
-            return _open_below(above, name)
-        descriptor = _open_below(above, name)
+            return open_below(above, name)
+        descriptor = open_below(above, name)
         try:
-            _give(descriptor, self._owner or Owner(), self._terms.directory_mode, inherits=_hands_down_group(above))
+            _give(descriptor, self._owner(), self._terms.directory_mode, inherits=_hands_down_group(above))
             _sync(above)
         except BaseException:
             os.close(descriptor)
@@ -219,16 +229,76 @@ class Outbox:
         return descriptor
 
 
-def _open_below(above: int, name: bytes) -> int:
+def open_root(path: bytes) -> int:
+    """A directory that an operator named, so that it may be a symbolic link."""
+    return os.open(path, _DIRECTORY)
+
+
+def open_below(above: int, name: bytes) -> int:
     return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
 
 
+def open_file(above: int, name: bytes) -> int:
+    return os.open(name, _LOOK, dir_fd=above)
+
+
 @contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
+def closing(descriptor: int) -> Iterator[int]:
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+# --- moving --------------------------------------------------------------------------------------------------------------------
+
+_RENAME_NOREPLACE = 1
+
+
+def move(source: int, name: bytes, target: int, new: bytes) -> bool:
+    """Move a file between two open directories of one mount, and say False rather than take the place of something. Raises OSError.
+
+    In one step where the filesystem can; by a second name that is taken away again where it cannot (NFS); and where there are no hard
+    links either (some FUSE ones), look, then rename.
+    """
+    try:
+        _rename_noreplace(source, name, target, new)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in CANNOT_RENAME_SO:
+            raise
+    try:
+        os.link(name, new, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in CANNOT_LINK:
+            raise
+        return _look_then_rename(source, name, target, new)
+    os.unlink(name, dir_fd=source)
+    return True
+
+
+def _look_then_rename(source: int, name: bytes, target: int, new: bytes) -> bool:
+    try:
+        os.stat(new, dir_fd=target, follow_symlinks=False)
+    except FileNotFoundError:
+        os.rename(name, new, src_dir_fd=source, dst_dir_fd=target)
+        return True
+    return False
+
+
+def _rename_noreplace(source: int, name: bytes, target: int, new: bytes) -> None:
+    """renameat2(2), which Python does not have. Raises OSError."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    number = errno.ENOSYS
+    if renameat2 is not None:
+        if renameat2(source, name, target, new, _RENAME_NOREPLACE) == 0:
+            return
+        number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))
 
 
 # --- owner and mode ------------------------------------------------------------------------------------------------------------
@@ -249,7 +319,7 @@ def _hands_down_group(descriptor: int) -> bool:
 
 def _give(descriptor: int, owner: Owner, mode: int, *, inherits: bool) -> None:
     """Owner, then mode (a change of owner can clear bits of it). A setgid parent has already chosen the group and keeps its bit."""
-    gid = -1 if inherits else owner.gid
+    gid = -1 if inherits and not owner.firm else owner.gid
     try:
         if (owner.uid, gid) != (-1, -1):
             os.fchown(descriptor, owner.uid, gid)
@@ -282,11 +352,20 @@ def _write_all(descriptor: int, content: bytes) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def _digest(descriptor: int, size: int | None) -> str:
+def digest(descriptor: int, *, size: int | None) -> str:
+    """The sha256 of an open file, FOREIGN for what is no file or has another size."""
     known = os.fstat(descriptor)
     if not stat.S_ISREG(known.st_mode) or size not in (None, known.st_size):
         return FOREIGN
-    digest = hashlib.sha256()
-    while data := os.read(descriptor, _READ_BYTES):
-        digest.update(data)
-    return digest.hexdigest()
+    sha256 = hashlib.sha256()
+    for data in _read(descriptor):
+        sha256.update(data)
+    return sha256.hexdigest()
+
+
+def _read(descriptor: int) -> Iterator[bytes]:
+    """From the first byte, wherever an earlier reader stopped."""
+    position = 0
+    while data := os.pread(descriptor, _READ_BYTES, position):
+        yield data
+        position += len(data)

@@ -64,7 +64,7 @@ def publish(
     targets = plan(job, base, contents, own)
     *parents, _ = components(targets[0].path)
     with outbox.folder(tuple(parents)) as folder:
-        _publish_all(folder, targets)
+        _publish_all(folder, targets, outbox.unsure)
     fresh = {target.path for target in targets}
     for file in stale:
         if file.path not in fresh:
@@ -99,9 +99,13 @@ def remove_own(outbox: Outbox, file: OwnFile) -> None:
         pass
 
 
-def _publish_all(folder: Folder, targets: list[Target]) -> None:
+def _publish_all(folder: Folder, targets: list[Target], unsure: set[bytes]) -> None:
+    """`unsure` are paths of ours whose folder could not be made durable. A second fsync would say that all is well, whatever became of
+    the first one's pages; so they are written anew, even if they stand there as they should."""
+    paths = {target.path for target in targets}
     try:
         judged = [(target, _judge(folder, target)) for target in targets]
+        judged = [(target, Action.REPLACE if action is Action.KEEP and target.path in unsure else action) for target, action in judged]
         for target, action in judged:
             if action is not Action.KEEP:
                 folder.write(target.temporary, target.content, meant_for=target.name)
@@ -109,7 +113,9 @@ def _publish_all(folder: Folder, targets: list[Target]) -> None:
             _settle(folder, target, action)
     finally:
         _sweep(folder, targets)
+    unsure |= paths
     folder.sync()
+    unsure -= paths
 
 
 def _judge(folder: Folder, target: Target) -> Action:
@@ -123,8 +129,8 @@ def _judge(folder: Folder, target: Target) -> Action:
 
 def _settle(folder: Folder, target: Target, action: Action) -> None:
     """Give one written file its name. The place is judged once more: a user may have been faster. Raises NameTaken."""
-    if action is Action.REPLACE:
-        action = _judge(folder, target)
+    if action is Action.REPLACE and _judge(folder, target) is Action.CREATE:
+        action = Action.CREATE
     for _ in range(_TRIES):
         if action is Action.REPLACE:
             folder.replace(target.temporary, target.name)

@@ -4,12 +4,14 @@ outbox knows its own files by that.
 Owns: `FORMATS`, the renderers by name, and what each shape promises:
 
   txt   one line for each segment; where there are speakers, a name and a colon where another one begins to speak
-  srt   numbered cues, comma milliseconds, CRLF-free; `-->` in a text becomes `->`, since SubRip cannot quote it; each cue of a speaker
-        begins with the name and a colon
-  vtt   WebVTT; `&`, `<` and `>` are escaped; a speaker is a voice: `<v Name>`
-  tsv   `start`, `end` (milliseconds) and `text`, tab-separated, with a header line: what openai-whisper writes; names as in srt
+  srt   subtitles (see there), numbered, comma milliseconds, CRLF-free; `-->` in a text becomes `->`, since SubRip cannot quote it; each
+        subtitle of a speaker begins with the name and a colon
+  vtt   WebVTT, as subtitles; `&`, `<` and `>` are escaped; a speaker is a voice: `<v Name>`
+  tsv   `start`, `end` (milliseconds) and `text` of each segment, tab-separated, with a header line: what openai-whisper writes; names
+        as in srt
   json  everything, with its provenance: see `document`
 
+Times are those of the whole recording: where its sound begins later than its picture, `start_offset_s` is added to every one (F104).
 Texts are cleaned alike for all of them: one line, no control characters. Segments without any text have no line and no cue;
 json keeps them. Fails with UnknownFormat.
 """
@@ -20,22 +22,21 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from whisperd.outbox.failures import UnknownFormat
-from whisperd.vocabulary import Segment, Transcript, WindowVerdict, Word
+from whisperd.outbox.subtitles import SHAPE, Subtitle, subtitles
+from whisperd.outbox.text import line_of, named, one_line, span, speaker_of, whole_characters
+from whisperd.vocabulary import Segment, SubtitleShape, Transcript, WindowVerdict, Word
 
-_BREAKS = re.compile("[\t\n\x0b\x0c\r\x1c-\x1f\x85\u2028\u2029]+")
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
-_HALVES = re.compile("[\ud800-\udfff]")
 _ARROW = re.compile("-{2,}>")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Cue(NamedTuple):
-    """One line of text with its place, in whole milliseconds, and who says it ("" when nobody is named)."""
+    """One segment with its place, in whole milliseconds, and who says it ("" when nobody is named)."""
 
     start_ms: int
     end_ms: int
@@ -43,51 +44,48 @@ class Cue(NamedTuple):
     speaker: str = ""
 
 
-def render(transcript: Transcript, wanted: str) -> bytes:
+def render(transcript: Transcript, wanted: str, shape: SubtitleShape = SHAPE) -> bytes:
     """The transcript in one format. Raises UnknownFormat."""
     if wanted not in FORMATS:
         raise UnknownFormat(f"cannot write a transcript as {wanted!r}", hint=f"formats are {', '.join(FORMATS)}")
-    return FORMATS[wanted](transcript).encode()
+    return FORMATS[wanted](shifted(transcript), shape).encode()
 
 
 # --- text and time -------------------------------------------------------------------------------------------------------------
 
 
-def one_line(text: str) -> str:
-    """A text that no format can break on: line breaks become a space, control characters and halves of characters go."""
-    return _HALVES.sub("\ufffd", _UNSEEN.sub("", _BREAKS.sub(" ", text)))
+def shifted(transcript: Transcript) -> Transcript:
+    """Every time as the recording as a whole counts it."""
+    offset = transcript.summary.start_offset_s
+    if offset == 0:
+        return transcript
+    segments = tuple(
+        _moved(msgspec.structs.replace(segment, words=tuple(_moved(word, offset) for word in segment.words)), offset)
+        for segment in transcript.segments
+    )
+    windows = tuple(_moved(window, offset) for window in transcript.windows)
+    return msgspec.structs.replace(transcript, segments=segments, windows=windows)
 
 
-def _line(segment: Segment) -> str:
-    return one_line(segment.text).strip()
+_Timed = TypeVar("_Timed", Segment, Word, WindowVerdict)
 
 
-def _speaker(segment: Segment) -> str:
-    return one_line(segment.speaker).strip()
+def _moved(part: _Timed, offset: float) -> _Timed:
+    return msgspec.structs.replace(part, start_s=_later(part.start_s, offset), end_s=_later(part.end_s, offset))
 
 
-def _named(speaker: str, text: str) -> str:
-    return f"{speaker}: {text}" if speaker else text
+def _later(seconds: float, offset: float) -> float:
+    return max(0.0, round(seconds + offset, 6))
 
 
 def _lines(transcript: Transcript) -> Iterator[str]:
     """The texts, each change of the speaker named."""
     last = ""
     for segment in transcript.segments:
-        text, speaker = _line(segment), _speaker(segment)
+        text, speaker = line_of(segment), speaker_of(segment)
         if text:
-            yield text if speaker == last else _named(speaker, text)
+            yield text if speaker == last else named(speaker, text)
             last = speaker
-
-
-def milliseconds(seconds: float) -> int:
-    return max(0, round(seconds * 1000))
-
-
-def _span(part: Segment | Word) -> tuple[int, int]:
-    """Start and end in milliseconds, the end never before the start."""
-    start = milliseconds(part.start_s)
-    return start, max(start, milliseconds(part.end_s))
 
 
 def cues(transcript: Transcript) -> list[Cue]:
@@ -98,10 +96,10 @@ def cues(transcript: Transcript) -> list[Cue]:
     found: list[Cue] = []
     latest: dict[str, int] = {}  # of each speaker
     for segment in transcript.segments:
-        text, speaker = _line(segment), _speaker(segment)
+        text, speaker = line_of(segment), speaker_of(segment)
         if not text:
             continue
-        start, end = _span(segment)
+        start, end = span(segment)
         start = max(start, found[-1].start_ms) if found else start
         if speaker in latest:
             before = found[latest[speaker]]
@@ -120,30 +118,32 @@ def timestamp(ms: int, comma: str) -> str:
     return f"{hours:02}:{minutes:02}:{seconds:02}{comma}{ms:03}"
 
 
-def _timing(cue: Cue, comma: str) -> str:
+def _timing(cue: Subtitle, comma: str) -> str:
     return f"{timestamp(cue.start_ms, comma)} --> {timestamp(cue.end_ms, comma)}"
 
 
 # --- the formats ---------------------------------------------------------------------------------------------------------------
 
 
-def _txt(transcript: Transcript) -> str:
+def _txt(transcript: Transcript, _shape: SubtitleShape) -> str:
     return "".join(f"{line}\n" for line in _lines(transcript))
 
 
-def _srt(transcript: Transcript) -> str:
-    blocks = (
-        f"{number}\n{_timing(cue, ',')}\n{_ARROW.sub('->', _named(cue.speaker, cue.text))}\n"
-        for number, cue in enumerate(cues(transcript), 1)
-    )
-    return "\n".join(blocks)
+def _srt(transcript: Transcript, shape: SubtitleShape) -> str:
+    shown = enumerate(subtitles(transcript.segments, shape, labels=True), 1)
+    return "\n".join(f"{number}\n{_timing(cue, ',')}\n{_ARROW.sub('->', named(cue.speaker, _text(cue)))}\n" for number, cue in shown)
 
 
-def _vtt(transcript: Transcript) -> str:
-    return "\n".join(["WEBVTT\n", *(f"{_timing(cue, '.')}\n{_voice(cue)}{_escaped(cue.text)}\n" for cue in cues(transcript))])
+def _vtt(transcript: Transcript, shape: SubtitleShape) -> str:
+    shown = subtitles(transcript.segments, shape, labels=False)
+    return "\n".join(["WEBVTT\n", *(f"{_timing(cue, '.')}\n{_voice(cue)}{_escaped(_text(cue))}\n" for cue in shown)])
 
 
-def _voice(cue: Cue) -> str:
+def _text(cue: Subtitle) -> str:
+    return "\n".join(cue.lines)
+
+
+def _voice(cue: Subtitle) -> str:
     return f"<v {_escaped(cue.speaker)}>" if cue.speaker else ""
 
 
@@ -151,12 +151,12 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _tsv(transcript: Transcript) -> str:
-    rows = (f"{cue.start_ms}\t{cue.end_ms}\t{_named(cue.speaker, cue.text)}\n" for cue in cues(transcript))
+def _tsv(transcript: Transcript, _shape: SubtitleShape) -> str:
+    rows = (f"{cue.start_ms}\t{cue.end_ms}\t{named(cue.speaker, cue.text)}\n" for cue in cues(transcript))
     return "".join(["start\tend\ttext\n", *rows])
 
 
-def _json(transcript: Transcript) -> str:
+def _json(transcript: Transcript, _shape: SubtitleShape) -> str:
     return json.dumps(document(transcript), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
@@ -184,7 +184,7 @@ def document(transcript: Transcript) -> dict[str, Any]:
 def _source(transcript: Transcript) -> dict[str, Any]:
     summary = transcript.summary
     return {
-        "name": _HALVES.sub("\ufffd", transcript.source),
+        "name": whole_characters(transcript.source),
         "size": transcript.size,
         "modified_at": _calendar(transcript.mtime_ns),
         "mtime_ns": transcript.mtime_ns,
@@ -196,6 +196,7 @@ def _source(transcript: Transcript) -> dict[str, Any]:
         "channels": summary.channels,
         "duration_s": round(summary.duration_s, 3),
         "speech_s": round(summary.speech_s, 3),
+        "start_offset_s": round(summary.start_offset_s, 6),
     }
 
 
@@ -225,13 +226,13 @@ def _quality(transcript: Transcript) -> dict[str, Any]:
 
 
 def _segment(number: int, segment: Segment) -> dict[str, Any]:
-    start, end = _span(segment)
+    start, end = span(segment)
     return {
         "id": number,
         "start": start / 1000,
         "end": end / 1000,
-        **({"speaker": _speaker(segment)} if _speaker(segment) else {}),
-        "text": _line(segment),
+        **({"speaker": speaker_of(segment)} if speaker_of(segment) else {}),
+        "text": line_of(segment),
         "avg_logprob": round(segment.avg_logprob, 4),
         "no_speech_prob": round(segment.no_speech_prob, 4),
         "compression_ratio": round(segment.compression_ratio, 4),
@@ -255,7 +256,7 @@ def _window(window: WindowVerdict) -> dict[str, Any]:
 
 
 def _word(word: Word) -> dict[str, Any]:
-    start, end = _span(word)
+    start, end = span(word)
     return {"start": start / 1000, "end": end / 1000, "word": one_line(word.text), "probability": round(word.probability, 4)}
 
 
@@ -267,4 +268,4 @@ def _calendar(mtime_ns: int) -> str | None:
         return None
 
 
-FORMATS: dict[str, Callable[[Transcript], str]] = {"txt": _txt, "srt": _srt, "vtt": _vtt, "tsv": _tsv, "json": _json}
+FORMATS: dict[str, Callable[[Transcript, SubtitleShape], str]] = {"txt": _txt, "srt": _srt, "vtt": _vtt, "tsv": _tsv, "json": _json}

@@ -1,8 +1,9 @@
 """hints: "look now", from inotify where inotify can be trusted.
 
-Owns: watchdog. An event does nothing but wake the loop; what happened is for the scan to find out. Network and FUSE filesystems have no
-observer at all (other machines' changes make no events there): the loop polls. Fails softly: an observer that died, lost events or
-watches a directory that is no longer the inbox is replaced, and where the kernel gives no more watches the loop polls.
+Owns: watchdog. An event does nothing but wake the loop and name the directory to be listed; what happened is for the scan to find out.
+Network and FUSE filesystems have no observer at all (other machines' changes make no events there): the loop polls. Fails softly: an
+observer that died, lost events or watches a directory that is no longer the inbox is replaced, and where the kernel gives no more watches
+the loop polls.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ HEARD: list[type[FileSystemEvent]] = [
 
 SHORT_TWICE = 2  # counts of too few watches in a row, before anything is done about it
 COUNT_EVERY_S = 2.0
+FOLDERS_MAX = 1000  # events in more directories than that, and everything is listed
 
 Identity = tuple[int, int]  # device and inode of the inbox
 
@@ -59,6 +61,10 @@ class Hints(FileSystemEventHandler):
         self._short = 0
         self._deaf = False
         self._count_at = 0.0
+        self._top = b""
+        self._folders: set[bytes] = set()
+        self._everything = False
+        self._lock = threading.Lock()
         self._listen_to_watchdog()
 
     @property
@@ -66,8 +72,25 @@ class Hints(FileSystemEventHandler):
         """Whether the loop has to look by itself, since not everything will be heard."""
         return self._observer is None or self._deaf
 
+    @property
+    def uneasy(self) -> bool:
+        """Whether directories seem to be unwatched, which another scan has to confirm."""
+        return self._short > 0 and not self._deaf
+
     def on_any_event(self, event: FileSystemEvent) -> None:
+        with self._lock:
+            for path in filter(None, (str(event.src_path), str(event.dest_path))):
+                self._folders.add(os.path.dirname(os.fsencode(path))[len(self._top) :].lstrip(b"/"))
+            if len(self._folders) > FOLDERS_MAX:
+                self._folders, self._everything = set(), True
         self._wake()
+
+    def take(self) -> set[bytes] | None:
+        """The directories with events since the last call, relative to the inbox; None when events may have been lost."""
+        with self._lock:
+            folders, everything = self._folders, self._everything
+            self._folders, self._everything = set(), False
+        return None if everything else folders
 
     def keep(self, identity: Identity, *, native: bool) -> None:
         """One step toward an observer that lives and watches this very directory (or toward none, if it is not `native`)."""
@@ -113,8 +136,10 @@ class Hints(FileSystemEventHandler):
     def _start(self) -> None:
         try:
             self._observer = InotifyObserver()
+            self._everything = True  # what happened since the last scan was heard by nobody
             # The real path, since watchdog does not follow a symbolic link, not even the one that the operator named.
-            self._observer.schedule(self, os.fsdecode(os.path.realpath(self._root)), recursive=self._recursive, event_filter=HEARD)
+            self._top = os.path.realpath(self._root)
+            self._observer.schedule(self, os.fsdecode(self._top), recursive=self._recursive, event_filter=HEARD)
             self._observer.start()
         except OSError as error:
             self._warn(error.strerror or str(error))
@@ -138,7 +163,7 @@ class Hints(FileSystemEventHandler):
         if self._observer is None:  # it is being ended, and grumbles
             return
         logger.warning("lost track of changes in {}: {}; looking anew", printable(self._root), why)
-        self._lost = True
+        self._lost = self._everything = True
         self._wake()
 
 

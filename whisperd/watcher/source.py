@@ -21,6 +21,9 @@ FOLDER_FLAGS = ROOT_FLAGS | os.O_NOFOLLOW
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _INT64_MAX = (1 << 63) - 1
 
+Entry = tuple[bytes, int, int, int, int]
+"""path, inode, size, mtime_ns, ctime_ns of one file: what a scan makes very many of."""
+
 
 class CannotOpen(WhisperdError):
     """A settled file cannot be given to an engine."""
@@ -60,19 +63,19 @@ class SourceDown(CannotOpen):
 
 
 def sighting_of(path: bytes, found: os.stat_result, device: int) -> Sighting:
-    """A file as seen. `device` is that of the inbox; a time stamp beyond the year 2262 is brought into what the ledger can hold."""
-    return Sighting(
-        path=path,
-        dev=device,
-        inode=found.st_ino,
-        size=found.st_size,
-        mtime_ns=_int64(found.st_mtime_ns),
-        ctime_ns=_int64(found.st_ctime_ns),
-    )
+    """A file as seen. `device` is that of the inbox."""
+    _, inode, size, mtime_ns, ctime_ns = entry_of(path, found)
+    return Sighting(path=path, dev=device, inode=inode, size=size, mtime_ns=mtime_ns, ctime_ns=ctime_ns)
 
 
-def _int64(number: int) -> int:
-    return max(-_INT64_MAX, min(_INT64_MAX, number))
+def entry_of(path: bytes, found: os.stat_result) -> Entry:
+    """A file as the ledger can hold it: some network filesystems have inodes of 64 bits, some files times beyond the year 2262."""
+    inode, mtime_ns, ctime_ns = found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+    if inode > _INT64_MAX:
+        inode -= 1 << 64
+    if not (-_INT64_MAX <= mtime_ns <= _INT64_MAX and -_INT64_MAX <= ctime_ns <= _INT64_MAX):
+        mtime_ns, ctime_ns = (max(-_INT64_MAX, min(_INT64_MAX, time_ns)) for time_ns in (mtime_ns, ctime_ns))
+    return path, inode, found.st_size, mtime_ns, ctime_ns
 
 
 def open_beneath(root: int, path: bytes) -> int:
@@ -111,16 +114,27 @@ def open_source(root: bytes, sighting: Sighting) -> int:
     try:
         descriptor = open_beneath(top, sighting.path)
     except OSError as error:
-        raise _refusal(name, error, remounted=os.fstat(top).st_dev != sighting.dev) from error
+        raise _refusal(name, error, remounted=_device(top) != sighting.dev) from error
     finally:
         os.close(top)
     try:
         _check(name, os.fstat(descriptor), sighting)
         os.set_blocking(descriptor, True)
+    except OSError as error:
+        os.close(descriptor)
+        raise _refusal(name, error, remounted=False) from error
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _device(top: int) -> int | None:
+    """None when the inbox itself does not answer: it is not the device that it was, either."""
+    try:
+        return os.fstat(top).st_dev
+    except OSError:
+        return None
 
 
 def _check(name: str, found: os.stat_result, sighting: Sighting) -> None:

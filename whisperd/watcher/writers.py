@@ -12,6 +12,8 @@ import fcntl
 import os
 import signal
 
+from msgspec import structs
+
 from whisperd.vocabulary import Sighting
 from whisperd.watcher.source import ROOT_FLAGS, open_beneath, sighting_of
 
@@ -37,8 +39,12 @@ def still_written(root: bytes, sighting: Sighting, *, leases: bool) -> bool:
     finally:
         os.close(top)
     try:
-        changed = sighting_of(sighting.path, os.fstat(descriptor), sighting.dev) != sighting
+        found = sighting_of(sighting.path, os.fstat(descriptor), sighting.dev)
+        inode = found.inode if leases else sighting.inode  # some network filesystems number a file anew whenever it is opened
+        changed = structs.replace(found, inode=inode) != sighting
         return changed or (leases and _lease_refused(descriptor))
+    except OSError:  # the share went away under it: nothing is known
+        return True
     finally:
         os.close(descriptor)
 
