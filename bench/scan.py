@@ -113,13 +113,13 @@ def watched(ledger: Ledger, inbox: str) -> Iterator[Watched]:
 
 
 def finish_all(ledger: Ledger) -> None:
-    """As if every job were done. What guards the moves is set aside meanwhile."""
+    """As if every job were done, one in each second until now. What guards the moves is set aside meanwhile."""
     connection = ledger.db.conn
     guards = connection.execute(TRIGGERS).fetchall()
     with ledger.transaction():
         for name, _ in guards:
             connection.execute(f"DROP TRIGGER {name}")
-        connection.execute("UPDATE job SET state = 'done', verb = 'publish', options = '{}', transcript = 'x', ended_at = seen_at")
+        connection.execute("UPDATE job SET state = 'done', verb = 'publish', options = '{}', transcript = 'x', ended_at = seen_at - id")
         for _, made_by in guards:
             connection.execute(made_by)
 
