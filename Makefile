@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	./scripts/debian-packages espeak-ng ffmpeg systemd dbus iproute2 gcc libc6-dev strace e2fsprogs xfsprogs \
-		rsync samba smbclient openssh-client openssh-sftp-server
+		rsync samba smbclient sshfs openssh-client openssh-sftp-server
 	$(VENV)/bin/python -m pytest
 
 bench: $(VENV)/.installed-bench

@@ -30,6 +30,8 @@ MEASUREMENTS: dict[str, list[str]] = {  # the name it is saved under: script and
     "poison": ["poison"],
     "soak": ["soak"],
     "scan": ["scan", "--files", "1000000"],
+    "arrivals": ["arrivals"],
+    "hung-share": ["hung_share"],
     "gpu": ["gpu"],
 }
 NEEDS_A_GPU = "gpu"

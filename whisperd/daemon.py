@@ -23,7 +23,7 @@ from whisperd import __version__, config
 from whisperd.config import Settings
 from whisperd.dispatcher.dispatcher import Dispatcher
 from whisperd.dispatcher.staging import drop, drop_orphans
-from whisperd.errors import ConfigError, StateDirError
+from whisperd.errors import ConfigError, StateDirError, printable
 from whisperd.health.checks import Observation
 from whisperd.health.health import Acts, Health, disk_free_mib, memory_used_percent
 from whisperd.ledger.connection import LedgerBroken, LedgerBusy, LedgerStuck
@@ -250,7 +250,9 @@ class Daemon:
         return self._dispatcher.acceptance.down()
 
     def _outboxes_down(self) -> list[str]:
-        return [writer.down for writer in self._dispatcher.delivery.writers.values() if writer.down]
+        now, writers = time.monotonic(), self._dispatcher.delivery.writers.values()
+        late = {writer.path: f"the share of {printable(writer.path)} does not answer" for writer in writers if writer.keeper.late(now)}
+        return [what for writer in writers if (what := writer.down or late.get(writer.path, ""))]
 
     def _blocked(self) -> str:
         failure = self._dispatcher.pool.blocked

@@ -1,6 +1,8 @@
 """wire: typed frames between the daemon and its children, with descriptor passing.
 
 Owns: every message (a tagged msgspec struct) and `Channel`, one end of a Unix stream socket.
+Descriptors of sources only name their file (O_PATH) while they are on their way: closing one asks a share nothing, so that whoever passes
+it on can neither hang nor fail at that; `Channel` opens them for reading where they arrive (`reopens`).
 A frame is a 4-byte big-endian length, a 1-byte count of descriptors that ride with it, and JSON. No pickle: a child that parsed
 hostile media is not trusted, so whatever it sends is decoded strictly into the few types the daemon expects of it.
 Fails with `WireClosed` when the other side is gone and `WireBroken` when it does not keep to the protocol.
@@ -9,7 +11,9 @@ Fails with `WireClosed` when the other side is gone and `WireBroken` when it doe
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
+import fcntl
 import os
 import select
 import signal
@@ -83,6 +87,14 @@ class ScanNow(Message, frozen=True):
     """daemon → watcher: look now, do not wait for the next scan."""
 
 
+class AskShare(Message, frozen=True):
+    """daemon → watcher: come back with an answer of the share's, whichever."""
+
+
+class ShareAnswered(Message, frozen=True):
+    """watcher → daemon: it did not hang when it was asked."""
+
+
 class WatcherReady(Message, frozen=True):
     """watcher → daemon: the first scan may begin."""
 
@@ -143,7 +155,7 @@ class InboxDown(Message, frozen=True):
 
 
 class SourceOpened(Message, frozen=True):
-    """watcher → daemon, with one descriptor."""
+    """watcher → daemon, with one descriptor that names the file."""
 
     job: int
 
@@ -156,8 +168,8 @@ class SourceLost(Message, frozen=True):
     what: str
 
 
-WatcherIn = WatchInbox | OpenSource | ScanNow | Stop
-WatcherOut = WatcherReady | Profiles | Sightings | Scanned | InboxDown | SourceOpened | SourceLost
+WatcherIn = WatchInbox | OpenSource | ScanNow | AskShare | Stop
+WatcherOut = WatcherReady | Profiles | Sightings | Scanned | InboxDown | SourceOpened | SourceLost | ShareAnswered
 
 
 # --- examiner ------------------------------------------------------------------------------------------------------------------
@@ -206,7 +218,7 @@ class Take(Message, frozen=True):
 
 
 class Taking(Message, frozen=True):
-    """examiner → daemon: so much has been read; sent every two seconds while it goes on."""
+    """examiner → daemon: so much has been read, of its content or by its demuxer; sent every two seconds while it goes on."""
 
     job: int
     done_bytes: int
@@ -535,10 +547,12 @@ class Notified(Message, frozen=True):
 
 
 class NotifyFailed(Message, frozen=True):
-    """notifier → daemon. Permanent: never try again (refused address, no such program)."""
+    """notifier → daemon. Permanent: never try again (refused address, no such program). `again_in_s`: the receiver asks not to be called
+    before that."""
 
     notice: int
     failure: Failure
+    again_in_s: float = 0.0
 
 
 NotifierIn = ServeNotifier | CallWebhook | RunHook | Stop
@@ -582,8 +596,10 @@ class Channel(Generic[In]):
 
     _encoder: ClassVar = msgspec.json.Encoder()
 
-    def __init__(self, sock: socket.socket, receives: object) -> None:
+    def __init__(self, sock: socket.socket, receives: object, *, reopens: bool = False) -> None:
+        """`reopens`: what comes with a frame is for reading here, not for passing on."""
         sock.setblocking(False)
+        self._reopens = reopens
         self._socket = sock
         self._decoder = msgspec.json.Decoder(receives)
         self._out: deque[tuple[memoryview, list[int]]] = deque()
@@ -685,7 +701,8 @@ class Channel(Generic[In]):
             if count > len(self._descriptors):
                 raise WireBroken("a frame came without its descriptors")
             message = self._decode(body)
-            yield Frame(message, [self._descriptors.popleft() for _ in range(count)])
+            descriptors = [self._descriptors.popleft() for _ in range(count)]
+            yield Frame(message, [_for_reading(descriptor) for descriptor in descriptors] if self._reopens else descriptors)
 
     def _decode(self, body: bytes) -> In:
         try:
@@ -696,7 +713,28 @@ class Channel(Generic[In]):
 
 def _close(descriptors: Iterable[int]) -> None:
     for descriptor in descriptors:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):  # Linux has closed it all the same; a share that broke off says so once more
+            os.close(descriptor)
+
+
+def name_only(descriptor: int) -> int:
+    """The same file by a descriptor that cannot be read (O_PATH); the given one is closed. Raises OSError."""
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC)
+    finally:
+        _close([descriptor])
+
+
+def _for_reading(descriptor: int) -> int:
+    """Open what only names its file. Where that fails every read will, and say so."""
+    if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_PATH:
+        return descriptor
+    try:
+        opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return descriptor
+    os.close(descriptor)
+    return opened
 
 
 def _ancillary(descriptors: list[int]) -> list[tuple[int, int, array.array[int]]]:
@@ -732,4 +770,4 @@ def join_daemon(receives: object) -> Channel[In]:
             score.write("500")
     except OSError:  # a sandbox may hide /proc; then the kernel's own choice stands
         pass
-    return Channel(sock, receives)
+    return Channel(sock, receives, reopens=True)

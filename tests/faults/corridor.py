@@ -8,11 +8,13 @@ What is acknowledged is told through memory that outlives the process, never by 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+import wave
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from whisperd.errors import printable
 from whisperd.ledger.ledger import Ledger
 from whisperd.ledger.queries import Queries
 from whisperd.outbox.__main__ import Desk, answer, prepare
-from whisperd.vocabulary import Failure, FailureKind, JobOptions, Segment, Summary, Window, assemble
+from whisperd.vocabulary import Failure, FailureKind, JobOptions, Segment, Sighting, Summary, Window, assemble
 from whisperd.watcher.names import Names
 from whisperd.watcher.rows import Rows
 from whisperd.watcher.scan import Entry, InboxAbsent, Rules, Walk
@@ -43,6 +45,8 @@ SOURCE_BYTES = 20_000
 SOURCE_MTIME_S = 1_700_000_000
 ENGINE = "engine-1"
 
+Accept = Callable[[Sequence[tuple[Sighting, int]]], None]
+Content = bytes | CannotOpen | OSError
 Acknowledge = Callable[[bytes], None]
 """Told the path of a source whose publication the ledger has taken down: from here on nothing may take its transcript away."""
 
@@ -64,7 +68,7 @@ class Home:
         for number in range(sources):
             path = self.inbox / (f"talks/lecture {number}.wav" if number % 2 == 0 else f"meeting {number}.wav")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(hashlib.shake_128(bytes([number])).digest(SOURCE_BYTES))
+            path.write_bytes(recording(number))
             os.utime(path, (SOURCE_MTIME_S, SOURCE_MTIME_S))
         (self.state_dir / DIRECTORY).mkdir(parents=True)
         Ledger(str(self.state_dir), epoch="none").close()
@@ -82,6 +86,15 @@ class Home:
         shutil.copytree(other.state_dir, self.state_dir)
 
 
+def recording(number: int) -> bytes:
+    """The content of a recording: a real WAV, of a sound that nobody else has."""
+    made = io.BytesIO()
+    with wave.open(made, "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", "not compressed"))
+        file.writeframes(hashlib.shake_128(bytes([number])).digest(SOURCE_BYTES))
+    return made.getvalue()
+
+
 # --- the steps -----------------------------------------------------------------------------------------------------------------
 
 
@@ -95,11 +108,11 @@ def walk(home: Home, acknowledge: Acknowledge, *, later_s: float = 0.0) -> None:
         ledger.interrupt_other_epochs(time.time())
         inbox = ledger.register_inbox(os.fsencode(home.inbox), os.fsencode(home.outbox), time.time())
         desk = prepare(home.terms())
-        _discover(ledger, home, inbox)
+        discover(ledger, home, inbox, partial(_settle, ledger))
         for row in ledger.ready(time.time() + later_s):
             _take(ledger, row, home)
         for row in ledger.ready(time.time() + later_s):
-            _transcribe(ledger, row, home)
+            transcribe(ledger, row, partial(content_of, row, home))
         for row in ledger.unpublished():
             _publish(ledger, desk, row, acknowledge)
         ledger.truncate_wal()
@@ -107,8 +120,12 @@ def walk(home: Home, acknowledge: Acknowledge, *, later_s: float = 0.0) -> None:
         ledger.close()
 
 
-def _discover(ledger: Ledger, home: Home, inbox: int) -> None:
-    """Two rounds of the watcher, over its own connection: each file is seen, then settled. None, when the inbox cannot be listed."""
+def discover(ledger: Ledger, home: Home, inbox: int, accept: Accept) -> list[Sighting]:
+    """Two rounds of the watcher, over its own connection: each file is seen, then settled. None, when the inbox cannot be listed.
+
+    `accept` is told what settled and is not in the queue. Returns what is doubted to be the file that it was.
+    """
+    doubted: list[Sighting] = []
     root = os.fsencode(home.inbox)
     rules = Rules.of(root, (os.fsencode(home.outbox),), Names((), ()), recursive=True)
     settler = Settler(0.0, lambda sighting: still_written(root, sighting, leases=True))
@@ -123,17 +140,20 @@ def _discover(ledger: Ledger, home: Home, inbox: int) -> None:
                 found = Walk(rules, partial(_hold, settler, rows, now)).over(root)
             except InboxAbsent:
                 continue
-            _take_in(ledger, inbox, settler.finish(found, rows.known, now, rows.all, rows.twins))
+            report = settler.finish(found, rows.known, now, rows.all, rows.twins)
+            doubted += report.doubted
+            _take_in(ledger, inbox, report, accept)
     finally:
         rows.close()
+    return doubted
 
 
 def _hold(settler: Settler, rows: Rows, now: float, entries: list[Entry], dev: int) -> None:
     settler.observe(entries, dev, rows.known, now, now)
 
 
-def _take_in(ledger: Ledger, inbox: int, report: Report) -> None:
-    """What the daemon makes of a report: seen and gone in one transaction; what has settled is examined, and then ready."""
+def _take_in(ledger: Ledger, inbox: int, report: Report, accept: Accept) -> None:
+    """What the daemon makes of a report: seen and gone in one transaction; what has settled is accepted."""
     now = time.time()
     with ledger.transaction():
         ledger.see_all(inbox, report.seen, now)
@@ -144,34 +164,38 @@ def _take_in(ledger: Ledger, inbox: int, report: Report) -> None:
             live = ledger.live_job(inbox, path)
             if live is not None and live["state"] in ("seen", "ready"):
                 ledger.vanish(live["id"], now)
+    accept([(sighting, job) for sighting, job in settled if ledger.job(job)["state"] == "seen"])
+
+
+def _settle(ledger: Ledger, settled: Sequence[tuple[Sighting, int]]) -> None:
+    """Ready, unexamined: what containers say is another passage."""
     with ledger.transaction():
         for sighting, job in settled:
-            if ledger.job(job)["state"] == "seen":
-                ledger.settle(job, sighting, OPTIONS, now)
+            ledger.settle(job, sighting, OPTIONS, time.time())
 
 
 def _take(ledger: Ledger, row: dict[str, Any], home: Home) -> None:
     """Ahead of its turn: the content is read and hashed."""
-    content = _content(row, home)
+    content = content_of(row, home)
     if isinstance(content, bytes):
         digest = hashlib.sha256(content).hexdigest()
         ledger.take(row["id"], digest, time.time(), spooled=False, asked=question(OPTIONS, OPTIONS.model))
-    elif not _is_lost(content):
-        ledger.postpone(row["id"], _down(content), time.time(), not_before=time.time())
+    elif not is_lost(content):
+        ledger.postpone(row["id"], down(content), time.time(), not_before=time.time())
     else:
         ledger.vanish(row["id"], time.time(), note=str(content))
 
 
-def _transcribe(ledger: Ledger, row: dict[str, Any], home: Home) -> None:
+def transcribe(ledger: Ledger, row: dict[str, Any], read: Callable[[], Content]) -> None:
     """Claim, open, one checkpoint for each window, stage, finish."""
     job, now = row["id"], time.time()
     ledger.claim(job, ENGINE, now, lease_s=LEASE_S)
-    content = _content(row, home)
+    content = read()
     if not isinstance(content, bytes):
-        if _is_lost(content):
+        if is_lost(content):
             ledger.vanish(job, time.time(), note=str(content))
         else:
-            ledger.wait(job, ENGINE, _down(content), time.time(), not_before=time.time())
+            ledger.wait(job, ENGINE, down(content), time.time(), not_before=time.time())
         return
     ledger.drop_foreign_checkpoints(job, ENGINE, "corridor", now)
     for window in _windows(content)[len(ledger.windows(job)) :]:
@@ -179,12 +203,12 @@ def _transcribe(ledger: Ledger, row: dict[str, Any], home: Home) -> None:
     _finish(ledger, job, content, now)
 
 
-def _is_lost(error: Exception) -> bool:
+def is_lost(error: Exception) -> bool:
     """Gone and changed files begin anew; anything else is waited for."""
     return isinstance(error, CannotOpen) and error.reason in ("gone", "changed")
 
 
-def _down(error: Exception) -> Failure:
+def down(error: Exception) -> Failure:
     return Failure(kind=FailureKind.WAITING, code="source_down", what=str(error))
 
 
@@ -247,7 +271,7 @@ def _publish(ledger: Ledger, desk: Desk, row: dict[str, Any], acknowledge: Ackno
 # --- the scripted engine -------------------------------------------------------------------------------------------------------
 
 
-def _content(row: dict[str, Any], home: Home) -> bytes | CannotOpen | OSError:
+def content_of(row: dict[str, Any], home: Home) -> Content:
     """The whole source, or why it cannot be opened (the watcher's errors) or read (the engine's)."""
     try:
         descriptor = open_source(os.fsencode(home.inbox), sighting_of(row))
@@ -320,10 +344,10 @@ def faults_after_a_cut(home: Home, whole: Published, acknowledged: set[bytes]) -
     for source in acknowledged:
         for name in sorted(transcripts_of(source) - there.keys()):
             yield f"acknowledged, but not there: {name}"
-    yield from _faults_of_ledger(home, acknowledged)
+    yield from faults_of_ledger(home, acknowledged)
 
 
-def _faults_of_ledger(home: Home, acknowledged: set[bytes]) -> Iterator[str]:
+def faults_of_ledger(home: Home, acknowledged: set[bytes]) -> Iterator[str]:
     ledger = Queries.open(str(home.state_dir))
     try:
         said = ledger.integrity()
@@ -351,7 +375,7 @@ def faults_at_the_end(home: Home, whole: Published) -> Iterator[str]:
         if there.get(name) != whole.get(name):
             yield f"{name} is {'missing' if name not in there else 'left over' if name not in whole else 'torn'}"
     yield from (f"left in staging: {name}" for name in os.listdir(home.state_dir / DIRECTORY) if name.endswith(".partial"))
-    yield from _faults_of_ledger(home, set(home.sources()))
+    yield from faults_of_ledger(home, set(home.sources()))
     ledger = Queries.open(str(home.state_dir))
     try:
         for source in home.sources():

@@ -17,9 +17,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from corridor import Home, walk
+from corridor import Acknowledge, Home, walk
 
 from whisperd.errors import WhisperdError
 
@@ -83,6 +85,22 @@ _SPIN_S = 0.0003
 _LINE = re.compile(r"^(?:\[pid +\d+\] |\d+ +)?(\w+)\((.*)$")
 
 
+Stretch = Callable[[Home, Acknowledge], Callable[[], None]]
+"""Goes the way up to some point, and returns how it goes on from there: only that is counted and disturbed."""
+
+
+def whole_way(home: Home, acknowledge: Acknowledge) -> Callable[[], None]:
+    return partial(walk, home, acknowledge)
+
+
+class Fault(NamedTuple):
+    """What is to happen to the `when`-th call of a name: KILL, or an error."""
+
+    call: str
+    when: int
+    name: str
+
+
 @dataclass(frozen=True)
 class Ending:
     """How a walk ended. `named` is the code of a WhisperdError, `bare` the traceback of anything else, both empty when it went on."""
@@ -109,7 +127,14 @@ class Report:
         self.memory[0] = 1
 
     def await_go(self) -> None:
+        """Say that all is ready, and wait."""
+        self.memory[1] = 1
         while not self.memory[0]:
+            time.sleep(_SPIN_S)
+
+    def await_ready(self, pid: int) -> None:
+        """Until a child waits for `go`, or has ended."""
+        while not self.memory[1] and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(_SPIN_S)
 
     def acknowledge(self, source: bytes) -> None:
@@ -144,22 +169,23 @@ class Zygote:
         self.report = Report()
         self._trace = scratch / "trace"
 
-    def spawn(self, home: Home, before: Callable[[], None] = lambda: None) -> int:
+    def spawn(self, home: Home, before: Callable[[], None] = lambda: None, stretch: Stretch = whole_way) -> int:
         """A child that waits for `report.go`; the caller reaps it."""
         self.report.clear()
         pid = os.fork()
         if pid == 0:
-            self._live(home, before)
+            self._live(home, before, stretch)
         return pid
 
-    def _live(self, home: Home, before: Callable[[], None]) -> None:
+    def _live(self, home: Home, before: Callable[[], None], stretch: Stretch) -> None:
         named = bare = ""
         began = time.monotonic()
         try:
             before()
+            go_on = stretch(home, self.report.acknowledge)
             self.report.await_go()
             began = time.monotonic()
-            walk(home, self.report.acknowledge)
+            go_on()
         except WhisperdError as error:
             named = error.code
         except BaseException:  # noqa: BLE001 - told, not handled
@@ -173,9 +199,10 @@ class Zygote:
         self.report.go()
         return self.report.ending(os.waitpid(pid, 0)[1])
 
-    def run_traced(self, home: Home, *arguments: str) -> tuple[Ending, str]:
+    def run_traced(self, home: Home, *arguments: str, stretch: Stretch = whole_way) -> tuple[Ending, str]:
         """A walk under strace with these arguments, and what strace wrote."""
-        pid = self.spawn(home)
+        pid = self.spawn(home, stretch=stretch)
+        self.report.await_ready(pid)
         with attached(pid, self._trace, *arguments) as strace:
             self.report.go()
             _, status = os.waitpid(pid, 0)
@@ -218,9 +245,10 @@ class Call:
     shown: str
 
 
-def count(zygote: Zygote, home: Home) -> list[Call]:
+def count(zygote: Zygote, home: Home, stretch: Stretch = whole_way) -> list[Call]:
     """Every I/O call of a walk that touches its home, in order."""
-    ending, text = zygote.run_traced(home, "-y", "-s", "16", "-e", "trace=" + ",".join(f"?{name}" for name in CALLS))
+    traced = "trace=" + ",".join(f"?{name}" for name in CALLS)
+    ending, text = zygote.run_traced(home, "-y", "-s", "16", "-e", traced, stretch=stretch)
     assert not ending.bare and not ending.named, ending
     place = os.path.commonpath([home.inbox, home.state_dir, home.outbox])
     seen: dict[str, int] = {}
@@ -234,8 +262,10 @@ def count(zygote: Zygote, home: Home) -> list[Call]:
     return found
 
 
-def disturb(zygote: Zygote, home: Home, call: str, when: int, fault: str) -> tuple[Ending, bool]:
+def disturb(zygote: Zygote, home: Home, fault: Fault, stretch: Stretch = whole_way) -> tuple[Ending, bool]:
     """A walk in which one call meets a fault, and whether it got that far."""
-    what = f"signal={KILL}" if fault == KILL else f"error={fault}"
-    ending, text = zygote.run_traced(home, "-e", f"trace={call}", "-e", f"inject={call}:{what}:when={when}")
-    return ending, ending.killed if fault == KILL else "(INJECTED)" in text
+    call, when, name = fault
+    what = f"signal={KILL}" if name == KILL else f"error={name}"
+    arguments = ("-e", f"trace={call}", "-e", f"inject={call}:{what}:when={when}")
+    ending, text = zygote.run_traced(home, *arguments, stretch=stretch)
+    return ending, ending.killed if name == KILL else "(INJECTED)" in text

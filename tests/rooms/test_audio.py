@@ -19,7 +19,7 @@ from recordings import SENTENCES, Studio, cut, need_tools, run, samples_of, wav_
 
 from whisperd.engine.audio import RATE_HZ, Recording, sha256_of
 from whisperd.engine.container import behind_id3, frame_bytes, looks_like
-from whisperd.engine.media import DEMUXERS, Caps, MediaDamaged, MediaRefused, Source
+from whisperd.engine.media import DEMUXERS, Caps, MediaDamaged, MediaRefused, Source, examine
 from whisperd.engine.timeline import Timeline, start_offset_s
 from whisperd.engine.tracks import open_recording
 
@@ -747,10 +747,28 @@ def test_the_tag_in_front_is_passed_over() -> None:
 def test_a_demuxer_may_seek_to_nowhere(studio: Studio) -> None:
     """It is told no, as the system calls tell it, and keeps its place."""
     descriptor = os.open(studio.say(TEXT), os.O_RDONLY)
-    with Source(descriptor, "rb", closefd=False) as source:
+    with Source(descriptor) as source:
         assert source.seek(100) == 100
         assert source.seek(-5) < 0 and source.seek(-(1 << 40), os.SEEK_CUR) < 0
         assert source.tell() == 100
+    os.close(descriptor)
+
+
+def test_the_room_that_a_recorder_took_is_not_looked_through(tmp_path: Path) -> None:
+    """A second of sound and a gibibyte of zeros, taken in advance and never given back: FFmpeg would look at every eight bytes of them."""
+    path = tmp_path / "taken.wav"
+    sound = bytes(range(256)) * 125
+    path.write_bytes(whole := wav_header(len(sound)) + sound)
+    os.truncate(path, 1 << 30)
+    descriptor = os.open(path, os.O_RDONLY)
+    read: list[int] = []
+    media = examine(descriptor, USUAL, on_read=read.append)
+    assert media.duration_s == 1.0 and 0 < sum(read) < 1 << 20
+    with Source(descriptor) as source:
+        assert source.seek(0, os.SEEK_END) == len(whole)
+        assert source.seek(-10, os.SEEK_END) and source.read(100) == sound[-10:] and source.read() == b""
+    recording = Recording(descriptor, USUAL)
+    assert sum(block.shape[1] for block in recording.blocks()) == 16_000 and not recording.doubts
     os.close(descriptor)
 
 

@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from whisperd.child import Child
+from whisperd.outbox import archive as archive_of
 from whisperd.outbox import disposal, place
 from whisperd.outbox.disposal import Disposal, hidden_name
 from whisperd.outbox.failures import Unpublished
@@ -328,7 +329,7 @@ def test_a_file_that_slips_in_between_is_given_back(scene: Scene, monkeypatch: p
             scene.drop(NEWER)
         return real(*arguments)
 
-    monkeypatch.setattr(disposal, "move", late)
+    monkeypatch.setattr(archive_of, "move", late)
     assert scene.dispose(archive=archive) == "changed"
     assert files(scene.inbox) == {scene.path: NEWER}
     assert not scene.archive.exists() or files(scene.archive) == {}
@@ -466,12 +467,139 @@ def test_shares_that_are_away_are_waited_for(writer: Writer, tmp_path: Path) -> 
     assert files(three.inbox) == {three.path: SOUND}
 
 
+# --- the profile of a recording ------------------------------------------------------------------------------------------------
+
+TERMS = b'language = "de"\n'
+BESIDE = b"May/talk.wav.whisperd.toml"
+OF_FOLDERS = {b".whisperd.toml": b"", b"May/.whisperd.toml": TERMS, b"May/talk.whisperd.toml": b"", b"May/talk.wav.2.whisperd.toml": b""}
+
+
+def with_profile(scene: Scene, content: bytes = TERMS) -> Scene:
+    """The same scene, with a profile beside the recording, and files of like names that are none of its."""
+    for path, text in {**OF_FOLDERS, BESIDE: content}.items():
+        with open(os.path.join(os.fsencode(scene.inbox), path), "wb") as file:
+            file.write(text)
+    return scene
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_profile_goes_with_its_recording(writer: Writer, scene: Scene, archive: bool) -> None:
+    """Archived beside it or deleted with it; the profiles of folders and of other files stay, and asking again changes nothing."""
+    with_profile(scene)
+    for how in ("archived", "archived") if archive else ("deleted", "gone"):
+        assert writer.dispose(scene, archive=archive) == how
+        assert files(scene.inbox) == OF_FOLDERS
+        assert not archive or files(scene.archive) == {scene.path: SOUND, BESIDE: TERMS}
+
+
+@needs_root
+def test_a_profile_goes_to_an_archive_on_another_filesystem(writer: Writer, scene: Scene) -> None:
+    """Copied with its mode and owner, as the recording is."""
+    with_profile(scene)
+    full = os.path.join(os.fsencode(scene.inbox), BESIDE)
+    os.chown(full, 4321, 8765)
+    os.chmod(full, 0o604)
+    with tmpfs(scene.archive):
+        assert writer.dispose(scene) == "archived"
+        assert files(scene.archive) == {scene.path: SOUND, BESIDE: TERMS}
+        kept = (scene.archive / os.fsdecode(BESIDE)).stat()
+        assert (kept.st_uid, kept.st_gid, stat.S_IMODE(kept.st_mode)) == (4321, 8765, 0o604)
+    assert files(scene.inbox) == OF_FOLDERS
+
+
+def test_a_profile_stands_beside_the_name_that_its_recording_got(writer: Writer, scene: Scene) -> None:
+    """The archive has another recording of that name, with a profile of its own: neither is overwritten, and who belongs to whom shows."""
+    (scene.archive / "May").mkdir(parents=True)
+    (scene.archive / "May" / "talk.wav").write_bytes(NEWER)
+    (scene.archive / os.fsdecode(BESIDE)).write_bytes(b"older")
+    assert writer.dispose(with_profile(scene)) == "archived"
+    second = {scene.path + b".2": SOUND, scene.path + b".2.whisperd.toml": TERMS}
+    assert files(scene.archive) == {scene.path: NEWER, BESIDE: b"older", **second}
+
+
+@pytest.mark.parametrize("change", [rewritten, restored, replaced])
+@pytest.mark.parametrize("archive", [True, False])
+def test_the_profile_of_what_stays_stays(writer: Writer, scene: Scene, change: Callable[[Scene], None], archive: bool) -> None:
+    """A recording that is another one by now keeps its profile; one that somebody else took away leaves it to him."""
+    change(with_profile(scene))
+    before = files(scene.inbox)
+    assert writer.dispose(scene, archive=archive) == "changed"
+    assert files(scene.inbox) == before and before[BESIDE] == TERMS
+    os.unlink(scene.full)
+    assert writer.dispose(scene, archive=archive) == "gone"
+    assert files(scene.inbox)[BESIDE] == TERMS
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_profile_that_a_newer_recording_needs_stays(scene: Scene, archive: bool) -> None:
+    """The recording is put away, one of its name came meanwhile: the profile is that one's."""
+    with_profile(scene)
+    os.rename(scene.full, scene.hidden)
+    scene.drop(NEWER)
+    assert scene.dispose(archive=archive) == ("archived" if archive else "deleted")
+    assert files(scene.inbox) == {**OF_FOLDERS, scene.path: NEWER, BESIDE: TERMS}
+    assert not archive or files(scene.archive) == {scene.path: SOUND}
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_profile_that_is_replaced_meanwhile_is_given_back(scene: Scene, monkeypatch: pytest.MonkeyPatch, archive: bool) -> None:
+    """Another text is put at its name after the last look: it stays where it is; the recording is put away all the same."""
+    with_profile(scene)
+    full = os.path.join(os.fsencode(scene.inbox), BESIDE)
+    real = place.move
+
+    def late(source: int, name: bytes, target: int, new: bytes) -> bool:
+        if full.endswith(b"/" + name):
+            with open(full + b".new", "wb") as file:
+                file.write(b'language = "fr"\n')
+            os.rename(full + b".new", full)
+        return real(source, name, target, new)
+
+    monkeypatch.setattr(archive_of, "move", late)
+    assert scene.dispose(archive=archive) == ("archived" if archive else "deleted")
+    assert files(scene.inbox) == {**OF_FOLDERS, BESIDE: b'language = "fr"\n'}
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_what_is_no_profile_stays(writer: Writer, tmp_path: Path, archive: bool) -> None:
+    """A symbolic link or a folder of that name is nobody's profile; a name of 255 bytes cannot have one."""
+    link = Scene(tmp_path / "link")
+    os.symlink("/etc/passwd", os.path.join(os.fsencode(link.inbox), BESIDE))
+    folder = Scene(tmp_path / "folder")
+    os.mkdir(os.path.join(os.fsencode(folder.inbox), BESIDE))
+    for scene in (link, folder, Scene(tmp_path / "long", b"x" * 251 + b".wav")):
+        assert writer.dispose(scene, archive=archive) == ("archived" if archive else "deleted")
+        assert not archive or files(scene.archive) == {scene.path: SOUND}
+    assert os.path.islink(os.path.join(os.fsencode(link.inbox), BESIDE))
+    assert os.path.isdir(os.path.join(os.fsencode(folder.inbox), BESIDE))
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_the_profile_of_one_put_away_is_put_away_though_another_came(scene: Scene, archive: bool) -> None:
+    """A run that was killed between the two: the next one finishes the profile, and leaves what came at the name alone."""
+    with_profile(scene)
+    request = scene.request()
+    os.rename(os.path.join(os.fsencode(scene.inbox), BESIDE), scene.hidden.replace(b"source-", b"profile-"))
+    if archive:
+        (scene.archive / "May").mkdir(parents=True)
+        os.rename(scene.full, scene.archive / "May" / "talk.wav")
+    else:
+        os.unlink(scene.full)
+    scene.drop(NEWER)
+    assert scene.dispose(archive=archive) == "changed"
+    assert files(scene.inbox) == {**OF_FOLDERS, scene.path: NEWER}
+    assert not archive or files(scene.archive) == {scene.path: SOUND, BESIDE: TERMS}
+    assert hidden_name(request) not in b" ".join(files(scene.inbox))
+
+
 # --- cut off at every system call ----------------------------------------------------------------------------------------------
 
 CALLS = ("open", "stat", "mkdir", "pread", "write", "fsync", "fchown", "fchmod", "utime", "link", "rename", "unlink")
 WAYS = ["delete", "rename", "copy", "link", "copy, link"]
 """How the source leaves: taken by a rename that never replaces, or where there is none (NFS) by link and unlink; archived on its own mount
 or copied to another."""
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
 
 Strike = Callable[[], None]
 
@@ -530,35 +658,36 @@ def test_killed_before_every_system_call(tmp_path: Path, monkeypatch: pytest.Mon
     number, killed = 0, True
     while killed:
         number += 1
-        scene = Scene(tmp_path / str(number))
+        scene = with_profile(Scene(tmp_path / str(number)))
         killed = run_killed_at(scene, way, number)
+        left = files(scene.inbox)
         if way == "delete":
-            assert set(files(scene.inbox).values()) <= {SOUND}
-            left = files(scene.inbox)
-            assert scene.dispose(archive=False) == ("deleted" if left else "gone")
-            assert files(scene.inbox) == {}
+            assert set(left.values()) <= {SOUND, TERMS, b""}
+            assert scene.dispose(archive=False) == ("deleted" if SOUND in left.values() else "gone")
         else:
             assert not scene.lost()
             assert scene.dispose() == "archived"
-            assert scene.archived()
-    assert number > 10
+            assert files(scene.archive) == {scene.path: SOUND, BESIDE: TERMS}
+        assert files(scene.inbox) == OF_FOLDERS
+    assert number > 15
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT])
-def test_an_error_at_every_system_call(tmp_path: Path, number: int, way: str) -> None:
-    """Whatever call fails, the source stands at its own name unless it is archived (or deleted), and the same request again finishes it:
-    what had to be given back is known again."""
+@pytest.mark.parametrize("first", range(3))
+def test_an_error_at_every_system_call(tmp_path: Path, first: int, way: str) -> None:
+    """Whatever call fails, with one error or another, the source stands at its own name unless it is archived (or deleted), its profile
+    with it, and the same request again finishes both: what had to be given back is known again."""
     archive = way != "delete"
-
-    def fail() -> None:
-        raise OSError(number, os.strerror(number))
-
     position, struck = 0, True
     while struck:
         position += 1
+        number = ERRORS[(first + position) % len(ERRORS)]
+
+        def fail(number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
         log: list[str] = []
-        scene = Scene(tmp_path / str(position))
+        scene = with_profile(Scene(tmp_path / str(position)))
         with pytest.MonkeyPatch.context() as patch:
             equip(patch, way)
             with pytest.MonkeyPatch.context() as stricken:
@@ -570,11 +699,12 @@ def test_an_error_at_every_system_call(tmp_path: Path, number: int, way: str) ->
                     assert str(tmp_path) in error.what
             struck = len(log) >= position
             left = files(scene.inbox)
-            assert scene.path in left or (SOUND in files(scene.archive).values() if archive else left == {})
+            assert scene.path in left or (SOUND in files(scene.archive).values() if archive else SOUND not in left.values())
+            assert BESIDE in left or scene.path not in left
             assert scene.dispose(archive=archive) in (("archived",) if archive else ("deleted", "gone"))
-        assert files(scene.inbox) == {}
-        assert not archive or files(scene.archive) == {scene.path: SOUND}
-    assert position > 10
+        assert files(scene.inbox) == OF_FOLDERS
+        assert not archive or files(scene.archive) == {scene.path: SOUND, BESIDE: TERMS}
+    assert position > 15
 
 
 def test_a_copy_is_durable_before_the_source_is_taken_away(tmp_path: Path) -> None:

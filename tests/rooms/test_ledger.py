@@ -977,6 +977,19 @@ def test_unpublished(ledger: Ledger, inbox: int) -> None:
     assert [row["id"] for row in ledger.unpublished()] == [jobs["failed"]], "a second failure is reported again"
 
 
+def test_an_outbox_that_is_away_hides_no_other(ledger: Ledger, inbox: int) -> None:
+    """However many wait for it and however long: what another outbox can have is told all the same."""
+    for number in range(20):
+        bring_to(ledger, inbox, "transcribed", b"away %d" % number)
+    other = ledger.register_inbox(b"/other", b"/other out", 1.0)
+    jobs = [bring_to(ledger, other, state, state.encode()) for state in ("transcribed", "failed")]
+    assert [row["id"] for row in ledger.unpublished(2)] != jobs
+    assert [row["id"] for row in ledger.unpublished(2, but=[b"/out"])] == jobs
+    ledger.publish(jobs[0], b"/other out", [(b"t.txt", "txt", "ab")], 200.0, disposal="delete")
+    assert [row["id"] for row in ledger.owed_disposals(2, but=[b"/out"])] == jobs[:1]
+    assert ledger.unpublished(2, but=[b"/out", b"/other out"]) == ledger.owed_disposals(2, but=[b"/other out"]) == []
+
+
 def test_what_a_job_has(ledger: Ledger, inbox: int) -> None:
     """Options, windows in order, events and publications of a job come back as the nouns they were."""
     options = JobOptions(language="cs", temperatures=(0.0,), formats=("txt",))

@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -195,6 +196,56 @@ def test_2xx_is_told_410_is_final_and_all_else_is_tried_again(
     else:
         found = failure(answer)
         assert (found.kind, str(status) in found.what, "\x1b" in found.what) == (kind, True, False)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "asked_s"),
+    [
+        (429, {"Retry-After": "120"}, 120),
+        (503, {"Retry-After": " 7 "}, 7),
+        (503, {"Retry-After": "9" * 400}, 1e9),
+        (503, {"Retry-After": "soon"}, 0),
+        (503, {}, 0),
+        (500, {"Retry-After": "120"}, 0),  # it means something with 429 and 503 only
+    ],
+)
+def test_a_receiver_may_ask_for_a_pause(
+    notifier: Notifier, receiver: Receiver, status: int, headers: dict[str, str], asked_s: float
+) -> None:
+    """Retry-After travels with the failure; what cannot be read is as if nothing was asked."""
+    receiver.status, receiver.headers = status, headers
+    answer = notifier.ask(a_call(receiver.url))
+    assert failure(answer).code == "webhook_refused"
+    assert isinstance(answer, NotifyFailed) and answer.again_in_s == asked_s
+
+
+NOW, ITS_NOW = "Wed, 21 Oct 2015 07:27:00 GMT", "Wed, 21 Oct 2015 09:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent", "found_s"),
+    [
+        ("0", "", 0.0),
+        ("9" * 400, "", 1e9),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", "", 60.0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", NOW, 60.0),
+        ("Wed, 21 Oct 2015 09:00:30 GMT", ITS_NOW, 30.0),  # its clock is ahead of ours
+        ("Wed, 21 Oct 2015 07:28:00 GMT", "yesterday", 60.0),
+        ("Wednesday, 21-Oct-15 07:28:00 GMT", "", 60.0),  # the two obsolete forms
+        ("Wed Oct 21 07:28:00 2015", "", 60.0),
+        ("Wed, 21 Oct 2015 07:20:00 GMT", "", 0.0),  # it is past
+        ("-5", "", 0.0),
+        ("1.5", "", 0.0),
+        ("\u0663", "", 0.0),
+        ("Wed, 99 Oct 2015 07:28:00 GMT", "", 0.0),
+        ("Fri, 31 Dec 99999 23:59:59 GMT", "", 0.0),
+        ("", "", 0.0),
+    ],
+)
+def test_what_a_retry_after_asks_for(asked: str, sent: str, found_s: float) -> None:
+    """Seconds, or a date in each of the three forms of RFC 9110; what is neither asks for nothing."""
+    now = datetime(2015, 10, 21, 7, 27, tzinfo=UTC).timestamp()
+    assert webhook.pause_asked_s(asked, sent, now=now) == found_s
 
 
 def test_a_redirect_is_not_followed(notifier: Notifier, receiver: Receiver) -> None:
@@ -466,6 +517,21 @@ def test_at_a_stop_what_is_in_hand_is_ended_and_named(tmp_path: Path) -> None:
     os.close(listener)
 
 
+def test_a_hook_ends_with_its_notifier(tmp_path: Path) -> None:
+    """A notifier that is killed cannot end it any more: it goes all the same, with what it started, though they ignore SIGTERM."""
+    notifier = Notifier()
+    os.mkfifo(tmp_path / "alive")
+    listener = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    nested = "trap '' TERM HUP; echo up >&3; while :; do sleep 60 & wait; done"
+    script = a_script(tmp_path, f"trap '' TERM HUP\nexec 3> '{tmp_path}/alive'\nsh -c \"{nested}\" &\nwait\n")
+    notifier.child.send(a_run(script, timeout_s=3600.0))
+    until(lambda: _read(listener) == b"up\n", "the hook and what it started are up")
+    os.kill(notifier.child.pid, signal.SIGKILL)
+    until(lambda: _read(listener) == b"", "nobody holds the pipe any more")
+    assert notifier.child.gone(0.0).startswith("killed by SIGKILL")
+    os.close(listener)
+
+
 # --- what is owed: the daemon's side, with the real process ---
 
 
@@ -579,6 +645,21 @@ def test_what_fails_is_told_again_with_growing_pauses_and_given_up_at_last(post:
     assert pauses_s[0] >= 8 and pauses_s[1] >= 16
     assert last["state"] == "given_up" and "503" in last["what"]
     assert {headers["webhook-id"] for _, headers, _ in receiver.calls} == {"msg_1"} and len(receiver.calls) == 3
+
+
+@pytest.mark.parametrize(("asked", "pause_s"), [("600", 600.0), ("2", 8.0), ("9999999", 3600.0)])
+def test_a_receiver_is_not_called_before_it_asked_to_be(post: Post, receiver: Receiver, asked: str, pause_s: float) -> None:
+    """The next attempt is not before it, nor before our own pause, nor later than our longest one; other notices for it wait as well."""
+    receiver.status, receiver.headers = 429, {"Retry-After": asked}
+    settings = post.configure([{"url": receiver.url, "allow": HERE}], [{"command": ["/bin/true"]}])
+    webhook_name, hook_name = targets(settings, "done")
+    began = time.time()
+    row = post.until_told(post.owed.owe(webhook_name))
+    assert row["state"] == "due" and pause_s <= row["not_before"] - began < pause_s + 2.0 + PATIENCE_S
+    if pause_s > 60.0:
+        other = post.owed.owe(webhook_name)
+        post.until_sent(post.owed.owe(hook_name, bodies(A_ROW, [], settings, "done", 1.0)[0].body))
+        assert post.owed.row(other)["attempts"] == 0 and len(receiver.calls) == 1
 
 
 def test_what_can_never_be_told_is_given_up_at_once(post: Post, receiver: Receiver) -> None:

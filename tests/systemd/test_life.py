@@ -8,7 +8,9 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from machine import CLEAR_WORD, CLIPS, CONFIG, LONG_SENTENCES, Service, wait_for
+from tools.share import UNCACHED, missing
 
 from whisperd.report.status import daemon_runs
 
@@ -131,3 +133,41 @@ def test_a_daemon_that_hangs_is_started_again(service: Service) -> None:
     wait_for(lambda: service.show("NRestarts") == "1" and service.is_active(), "systemd starts it again")
     assert any("Watchdog timeout" in line for line in service.said())
     assert not [process for process in before if os.path.exists(f"/proc/{process}")]
+
+
+def test_stop_and_start_beside_a_share_that_hangs(service: Service) -> None:
+    """A FUSE share stops answering; its watcher is beyond SIGKILL. `systemctl stop` ends when systemd's patience with that one does, the
+    daemon itself long before; `systemctl start` serves the other inbox while the share still hangs, and that one as soon as it answers."""
+    if why := missing():
+        pytest.skip(why)
+    sandbox = service.sandbox
+    server = sandbox.root / "usr/local/bin/serve"
+    server.write_text("#!/bin/sh\nexec /usr/lib/openssh/sftp-server\n")
+    server.chmod(0o755)
+    sandbox.run("install", "-d", "-o", "whisperd", "/served/inbox", "/mnt/share")
+    mounted = sandbox.run(
+        "sshfs", "-o", f"ssh_command=/usr/local/bin/serve,allow_other,{UNCACHED}", "nas:/served", "/mnt/share", check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no share can be mounted in the sandbox: {mounted.stderr.strip()}")
+    service.configure(CONFIG + '[[inbox]]\npath = "/mnt/share/inbox"\noutbox = "/srv/whisperd/share outbox"\n')
+    service.drop_in("patience", "TimeoutStopSec=16")
+    service.start()
+    far = sandbox.root / "served/inbox"
+    (far / "before.ogg").write_bytes((CLIPS / "price.ogg").read_bytes())
+    service.wait_for_state("before.ogg")
+    sandbox.run("pkill", "-STOP", "sftp-server")
+    wait_for(lambda: "/mnt/share/inbox does not answer" in service.show("StatusText"), "the status line names it")
+    process = service.main_process()
+    began = time.monotonic()
+    service.systemctl("stop", "--no-block", "whisperd")
+    wait_for(lambda: not os.path.exists(f"/proc/{process}"), "the daemon has ended")
+    assert time.monotonic() - began < STOP_S
+    wait_for(lambda: service.show("ActiveState") in ("inactive", "failed"), "systemd waits no longer")
+    assert service.processes(), "one that cannot be killed"
+    service.start()
+    service.drop("near.wav")
+    service.wait_for_state("near.wav")
+    (far / "after.ogg").write_bytes((CLIPS / "price.ogg").read_bytes() + b"\0")
+    sandbox.run("pkill", "-CONT", "sftp-server")
+    service.wait_for_state("after.ogg")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from importlib.resources import files
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from whisperd import config
 
 SCHEMA = "whisperd.config/1"
+SHARE_S = 5.0  # for the answer of a share
 
 
 def add(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -39,10 +41,24 @@ def act_check(args: argparse.Namespace) -> int:
 
 def _notes(settings: config.Settings) -> Any:
     for inbox in settings.inbox:
-        if not os.path.isdir(inbox.path):
-            yield f"inbox {inbox.path} does not exist (yet): its watcher will wait for it"
+        match _is_directory(inbox.path):
+            case False:
+                yield f"inbox {inbox.path} does not exist (yet): its watcher will wait for it"
+            case None:
+                yield f"inbox {inbox.path} is on a share that does not answer: its watcher will wait for it"
     if settings.engine.model == "demo":
         yield "engine.model = demo knows a few hundred spoken English words; it is for trying whisperd out"
+
+
+def _is_directory(path: str) -> bool | None:
+    """None: nobody says so in time. Another process asks, for on a share that hangs not even SIGKILL ends who does."""
+    nothing = subprocess.DEVNULL  # or who reads what we say would wait for the end of what it says
+    asker = subprocess.Popen(["test", "-d", path], stdin=nothing, stdout=nothing, stderr=nothing)
+    try:
+        return asker.wait(SHARE_S) == 0
+    except subprocess.TimeoutExpired:
+        asker.kill()
+        return None
 
 
 def act_show(args: argparse.Namespace) -> int:

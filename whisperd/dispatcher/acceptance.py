@@ -21,7 +21,7 @@ from whisperd.dispatcher.nursery import Nursery
 from whisperd.dispatcher.profiles import PRIORITY, Asked, error_base, error_text
 from whisperd.dispatcher.profiles import Profiles as FolderProfiles
 from whisperd.dispatcher.spool import MIB, Spool
-from whisperd.dispatcher.staging import StagingFailed, stage
+from whisperd.dispatcher.staging import StagingFailed
 from whisperd.errors import printable
 from whisperd.ledger.ledger import IllegalMove, Ledger, Settling
 from whisperd.ledger.queries import Row
@@ -29,6 +29,7 @@ from whisperd.vocabulary import Failure, FailureKind, Media, Sighting, State
 from whisperd.wire import Profiles, Sightings
 
 SHARE_CODES = ("source_down", "source_denied", "source_unreadable")
+SPOOL_CODES = ("spool_full", "spool_unusable")
 AGAIN_S = 15.0
 """What could not be read is tried again after that."""
 SWEEP_S = 10.0
@@ -201,6 +202,9 @@ class Acceptance:
             pass
         elif failure.code == "changed_while_read":
             self.intake.scan_now(inbox)
+        elif errand.spool and failure.code in SPOOL_CODES and not self._is_share(inbox):
+            logger.bind(job=errand.job).info(f"job {errand.job} is read where it lies: {failure.what}")
+            self.examination.ask(inbox, errand._replace(spool=False))
         elif errand.deed == "take":
             self._postpone(errand, failure)
         else:
@@ -263,26 +267,36 @@ class Acceptance:
 
     def take_ahead(self, in_order: Iterable[queueing.Row]) -> None:
         """Have the contents of those read whose turn comes next. `in_order` are ready jobs, the next one first."""
-        settings, now_used = self.settings.intake, -1
-        for count, row in enumerate(in_order):
-            if count >= settings.ahead:
+        settings, used, ahead, waits = self.settings.intake, -1, 0, False
+        for row in in_order:
+            if ahead >= settings.ahead:
                 return
             job, inbox = row["id"], row["inbox_id"]
             if row["sha256"] is not None or self.examination.busy_with(inbox, job) or inbox not in self.intake.inboxes:
+                ahead += 1
                 continue
             spool = self._wants_copy(inbox, row["size"])
             if spool:
-                now_used = self.spool.used_bytes() if now_used < 0 else now_used
-                if now_used + row["size"] > settings.spool_max_mib * MIB:
-                    return  # as soon as another copy is not needed any more
-                now_used += row["size"]
+                used = self.spool.used_bytes() if used < 0 else used
+                fits = used + row["size"] <= settings.spool_max_mib * MIB
+                if self._is_share(inbox) and (waits or not fits):  # until another copy is not needed any more, and so do those behind it
+                    waits = True
+                    continue
+                spool = fits
+                used += row["size"] if spool else 0
             self.examination.ask(inbox, Errand("take", job, sighting_of(row), spool))
+            ahead += 1
 
     def _wants_copy(self, inbox: int, size: int) -> bool:
+        """Whether a recording is copied before its turn; one for which there can never be room is read where it lies."""
         settings = self.settings.intake
         if settings.spool == "never" or size > settings.spool_max_mib * MIB:
             return False
-        return settings.spool == "always" or self.intake.inboxes[inbox].network
+        return (settings.spool == "always" or self._is_share(inbox)) and self.spool.could_hold(size, settings.free_min_mib)
+
+    def _is_share(self, inbox: int) -> bool:
+        found = self.intake.inboxes.get(inbox)
+        return found is not None and found.network
 
     def _needs_copy(self, job: int) -> bool:
         return self._ledger.exists(job) and self._ledger.job(job)["state"] in (State.READY, State.RUNNING)
@@ -313,15 +327,10 @@ class Acceptance:
         known = self._ledger.result(row["sha256"], row["asked"])
         if known is None or self._revision_of(self._model_of(row)) not in ("", known["revision"]):
             return False
-        transcript = reuse.read(self._ledger.state_dir, known["transcript"])
-        if transcript is None:
-            return False
-        options = self._ledger.options(row)
-        source = printable(os.path.basename(row["path"]))
-        job, name = row["id"], f"{row['id']}.json"
+        job = row["id"]
         try:
-            stage(self._ledger.state_dir, name, reuse.of_another(transcript, row, options, source=source))
-            self._ledger.reuse(job, time.time(), transcript=name, result=known)
+            if not reuse.publish_again(self._ledger, row, known):
+                return False
         except (StagingFailed, IllegalMove) as error:  # then an engine does it
             logger.bind(job=job).info(f"job {job}: {error}")
             return False

@@ -42,6 +42,7 @@ from whisperd.wire import (
 )
 
 IN_FLIGHT_MAX = 4
+ROWS_AT_ONCE = 50  # of the ledger, besides those that are in hand or postponed
 ANSWER_S = 120.0
 SLOW_BYTES_PER_S = 2 << 20  # a copy to an archive on another filesystem is at least so fast
 POSTPONE_S = 300.0
@@ -106,6 +107,7 @@ class Delivery:
             receives=OutboxOut,
             hello=hello,
             on_frame=lambda child, frame: self._frame(path, child, frame),
+            place=path,
         )
         return Writer(path=path, hello=hello, keeper=keeper)
 
@@ -148,9 +150,11 @@ class Delivery:
         open_writers = [w for w in self.writers.values() if w.keeper.usable and now >= w.resume_at and len(w.in_flight) < IN_FLIGHT_MAX]
         if not open_writers:
             return
-        for row in self._ledger.unpublished():
+        closed = [path for path, writer in self.writers.items() if writer not in open_writers]
+        aside = sum(len(writer.in_flight) + len(writer.postponed) for writer in open_writers)
+        for row in self._ledger.unpublished(ROWS_AT_ONCE + aside, but=closed):
             writer = self.writers.get(row["outbox"])
-            if writer is None or writer not in open_writers or row["id"] in writer.in_flight:
+            if writer is None or row["id"] in writer.in_flight:
                 continue
             if writer.postponed.get(row["id"], 0.0) > now:
                 continue
@@ -192,9 +196,11 @@ class Delivery:
         """Archive or delete what its inbox says, once the transcript is durable."""
         if not any(self._afterwards(inbox) != "keep" for inbox in self._inboxes.values()):
             return
-        for row in self._ledger.owed_disposals(IN_FLIGHT_MAX * len(self.writers)):
+        closed = [path for path, w in self.writers.items() if not w.keeper.usable or len(w.disposing) >= IN_FLIGHT_MAX]
+        aside = sum(len(writer.disposing) + len(writer.postponed) for writer in self.writers.values())
+        for row in self._ledger.owed_disposals(ROWS_AT_ONCE + aside, but=closed):
             writer, inbox = self.writers.get(row["outbox"]), self._inboxes.get(row["inbox_path"])
-            if writer is None or inbox is None or not writer.keeper.usable or row["id"] in writer.disposing:
+            if writer is None or inbox is None or row["id"] in writer.disposing or len(writer.disposing) >= IN_FLIGHT_MAX:
                 continue
             if now < writer.postponed.get(row["id"], 0.0):
                 continue

@@ -112,9 +112,9 @@ class Examination:
                 self.desks.pop(number).keeper.stop()
         for number, path in inboxes.items():
             if number not in self.desks:
-                self.desks[number] = Desk(number=number, name=path, hello=hello, keeper=self._keeper(number, hello))
+                self.desks[number] = Desk(number=number, name=path, hello=hello, keeper=self._keeper(number, path, hello))
 
-    def _keeper(self, number: int, hello: ServeInbox) -> Keeper:
+    def _keeper(self, number: int, path: str, hello: ServeInbox) -> Keeper:
         return Keeper(
             self._nursery,
             name=f"examiner-{number}",
@@ -122,6 +122,7 @@ class Examination:
             receives=ExaminerOut,
             hello=hello,
             on_frame=lambda child, frame: self._frame(number, child, frame),
+            place=os.fsencode(path),
         )
 
     def tick(self, now: float, usable: set[int]) -> None:
@@ -231,6 +232,8 @@ class Examination:
                 self._findings.refused(desk.number, errand, failure)
 
     def _judge_silence(self, desk: Desk, now: float) -> None:
+        if desk.keeper.child is None:
+            desk.down = ""  # whether the share answers is the watcher's to say
         if desk.keeper.child is None and desk.in_hand:  # it died: of one of these, but which?
             died, desk.in_hand = sorted(desk.in_hand), set()
             for job in died:

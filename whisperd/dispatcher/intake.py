@@ -1,6 +1,10 @@
 """intake: watcher children → ledger rows. One watcher process for each inbox; a share that hangs stops only its own.
 
 Owns: which inboxes are watched and which are down, and the requests to open a source. What is made of a report is `acceptance`'s.
+
+Every watcher is asked every few seconds whether its share answers. One that does not say so hangs in the kernel: no new work is begun
+there, soon the inbox is down, and later that process is killed, in case another one would get an answer. Its word ends all that. The
+daemon itself never touches an inbox.
 """
 
 from __future__ import annotations
@@ -13,19 +17,21 @@ from typing import Any, NamedTuple, Protocol
 
 from loguru import logger
 
-from whisperd.child import Child
+from whisperd.child import Child, Life
 from whisperd.config import InboxSettings, Settings
 from whisperd.dispatcher.nursery import Keeper, Nursery
 from whisperd.errors import printable
 from whisperd.ledger.ledger import Ledger
 from whisperd.vocabulary import Sighting
 from whisperd.wire import (
+    AskShare,
     Frame,
     InboxDown,
     OpenSource,
     Profiles,
     Scanned,
     ScanNow,
+    ShareAnswered,
     Sightings,
     SourceLost,
     SourceOpened,
@@ -34,8 +40,14 @@ from whisperd.wire import (
     WatchInbox,
 )
 
-ANSWER_S = 60.0
-"""A watcher that does not open a file within this time hangs on its share."""
+ASK_S = 5.0
+"""So long after an answer a watcher is asked again."""
+DOUBT_S = 5.0
+"""While an answer takes longer than that nothing is begun in that inbox."""
+SILENT_S = 10.0
+"""A watcher that answers nothing for so long hangs on its share: the inbox is down."""
+KILL_S = 120.0
+"""And for so long: it is killed. (Not sooner: where the share does answer after all it goes on, and knows what it knew.)"""
 
 Opened = Callable[[int, int], None]  # job, descriptor
 Lost = Callable[[int, str, str], None]  # job, reason, what
@@ -44,9 +56,30 @@ Lost = Callable[[int, str, str], None]  # job, reason, what
 class Question(NamedTuple):
     """A watcher was asked for a descriptor."""
 
-    at: float  # monotonic
     opened: Opened
     lost: Lost
+
+
+@dataclass
+class Pulse:
+    """Whether a watcher answers, in seconds of one monotonic clock (pure)."""
+
+    asked_at: float | None = None  # and not answered since
+    answered_at: float = float("-inf")
+
+    def waited_s(self, now: float) -> float:
+        return 0.0 if self.asked_at is None else now - self.asked_at
+
+    def wants_asking(self, now: float) -> bool:
+        return self.asked_at is None and now - self.answered_at >= ASK_S
+
+    def heard(self, now: float) -> None:
+        """It said something else: who speaks does not hang, though he may be busy."""
+        if self.asked_at is not None:
+            self.asked_at = now
+
+    def answered(self, now: float) -> None:
+        self.asked_at, self.answered_at = None, now
 
 
 @dataclass
@@ -60,8 +93,15 @@ class Inbox:
     scanned: bool = False
     unsettled: int = 0
     network: bool = False
-    down: str = ""
+    absent: str = ""  # why its watcher cannot list it
+    silent: str = ""  # that its watcher does not answer
+    pulse: Pulse = field(default_factory=Pulse)
     opening: dict[int, Question] = field(default_factory=dict)  # by job
+
+    @property
+    def down(self) -> str:
+        """Why nothing of it can be read; "" when it is up."""
+        return self.silent or self.absent
 
 
 class Reports(Protocol):
@@ -108,6 +148,7 @@ class Intake:
             receives=WatcherOut,
             hello=hello,
             on_frame=lambda child, frame: self._frame(number, child, frame),
+            place=hello.path,
         )
         return Inbox(number=number, settings=inbox, hello=hello, keeper=keeper)
 
@@ -117,25 +158,42 @@ class Intake:
             inbox.keeper.tick(now)
 
     def _judge_silence(self, inbox: Inbox, now: float) -> None:
-        """Opening a file takes no time; a watcher that cannot is stuck on its share."""
+        """Nothing that a watcher is asked takes long, in the middle of a scan either; one that does not answer is stuck on its share."""
         if inbox.keeper.child is None:
-            for job in list(inbox.opening):
-                self._lost(inbox, job, "unanswered", f"the watcher of {inbox.settings.path} ended")
-        elif inbox.opening and now - min(question.at for question in inbox.opening.values()) > ANSWER_S:
-            inbox.keeper.kill(f"the share of {inbox.settings.path} does not answer")
-            for job in list(inbox.opening):
-                self._lost(inbox, job, "down", f"the share of {inbox.settings.path} does not answer")
+            inbox.pulse = Pulse()
+            self._lose_all(inbox, "unanswered", f"the watcher of {inbox.settings.path} ended")
+            return
+        if inbox.pulse.wants_asking(now):
+            inbox.pulse.asked_at = now
+            inbox.keeper.send(AskShare())
+        waited_s, what = inbox.pulse.waited_s(now), f"the share of {printable(inbox.settings.path)} does not answer"
+        if waited_s > SILENT_S:
+            self._judge(
+                inbox, absent=inbox.absent, silent=what, hint="look whether its server answers; what waits there goes on when it does"
+            )
+            self._lose_all(inbox, "down", what)
+        if waited_s > KILL_S and inbox.keeper.child.life is not Life.KILLING:
+            inbox.keeper.kill(what)
+
+    def _lose_all(self, inbox: Inbox, reason: str, what: str) -> None:
+        for job in list(inbox.opening):
+            self._lost(inbox, job, reason, what)
 
     def usable(self) -> set[int]:
         """Inboxes whose watchers can open files."""
-        return {number for number, inbox in self.inboxes.items() if inbox.keeper.usable and not inbox.down}
+        now = time.monotonic()
+        return {
+            number
+            for number, inbox in self.inboxes.items()
+            if inbox.keeper.usable and not inbox.down and inbox.pulse.waited_s(now) <= DOUBT_S
+        }
 
     def open(self, inbox: int, job: int, sighting: Sighting, opened: Opened, lost: Lost) -> None:
         """Ask for a source's descriptor; `opened` or `lost` answers, once."""
         if inbox not in self.inboxes:
             lost(job, "down", "its inbox is not configured any more")
             return
-        self.inboxes[inbox].opening[job] = Question(time.monotonic(), opened, lost)
+        self.inboxes[inbox].opening[job] = Question(opened, lost)
         self.inboxes[inbox].keeper.send(OpenSource(job=job, sighting=sighting))
 
     def scan_now(self, inbox: int) -> None:
@@ -162,6 +220,7 @@ class Intake:
             for descriptor in frame.descriptors:
                 os.close(descriptor)
             return
+        inbox.pulse.heard(time.monotonic())
         match frame.message:
             case WatcherReady(events=events):
                 child.ready(time.monotonic())
@@ -173,7 +232,10 @@ class Intake:
             case Scanned() as scan:
                 self._scanned(inbox, scan)
             case InboxDown(what=what, hint=hint):
-                self._down(inbox, what, hint)
+                self._judge(inbox, absent=what, silent="", hint=hint)
+            case ShareAnswered():
+                self._answers(inbox)
+                return  # this is no news
             case SourceOpened(job=job) if frame.descriptors:
                 self._opened(inbox, job, frame.descriptors[0])
             case SourceLost(job=job, reason=reason, what=what):
@@ -192,19 +254,32 @@ class Intake:
         if question is not None:
             question.lost(job, reason, what)
 
-    def _scanned(self, inbox: Inbox, scan: Scanned) -> None:
-        if inbox.down or not inbox.scanned:
-            self._ledger.inbox_up(inbox.number, time.time())
-            if inbox.down:
-                logger.bind(inbox=inbox.settings.path).info(f"inbox {inbox.settings.path} is back")
-                self._on_report.back(inbox)
-        inbox.scanned, inbox.down = True, ""
-        inbox.unsettled, inbox.network = scan.unsettled, scan.network
+    def _answers(self, inbox: Inbox) -> None:
+        inbox.pulse.answered(time.monotonic())
+        if inbox.silent and inbox.scanned:  # one that was never listed in this life comes up with its first scan
+            self._judge(inbox, absent=inbox.absent, silent="")
+            self._on_news()
 
-    def _down(self, inbox: Inbox, what: str, hint: str) -> None:
-        inbox.down = what
-        self._ledger.inbox_down(inbox.number, what, time.time())
-        logger.bind(inbox=inbox.settings.path, event="inbox_down").warning(f"inbox is down: {what}; {hint}")
+    def _scanned(self, inbox: Inbox, scan: Scanned) -> None:
+        if not inbox.scanned:
+            self._ledger.inbox_up(inbox.number, time.time())
+        inbox.scanned = True
+        inbox.unsettled, inbox.network = scan.unsettled, scan.network
+        self._judge(inbox, absent="", silent="")
+
+    def _judge(self, inbox: Inbox, *, absent: str, silent: str, hint: str = "") -> None:
+        """Take down why the inbox is down, or that it is not, and say so when that is new."""
+        before, inbox.absent, inbox.silent = inbox.down, absent, silent
+        if inbox.down == before:
+            return
+        log = logger.bind(inbox=inbox.settings.path)
+        if inbox.down:
+            self._ledger.inbox_down(inbox.number, inbox.down, time.time())
+            log.bind(event="inbox_down").warning(f"inbox is down: {inbox.down}" + (f"; {hint}" if hint else ""))
+        else:
+            self._ledger.inbox_up(inbox.number, time.time())
+            log.info(f"inbox {inbox.settings.path} is back")
+            self._on_report.back(inbox)
 
 
 def watch_order(number: int, inbox: InboxSettings, settings: Settings) -> WatchInbox:

@@ -52,7 +52,7 @@ LOOK_DEEP_AT_MAX = 20_000
 ANSWER_MARGIN_S = 90.0
 """Beyond a notice's own time limit: resolving a name and ending a hook take their time."""
 PAUSE = Backoff(base_s=10.0, max_s=3600.0)
-"""Of one notice."""
+"""Of one notice. A receiver that asks for a longer pause gets it, up to the longest of these."""
 REST = Backoff(base_s=1.0, max_s=60.0)
 REST_AFTER = 3
 """So many failures in a row, whatever the notices, and a target rests as a whole: then one notice tries whether it is back."""
@@ -198,10 +198,11 @@ class Trouble:
     failures: int = 0  # in a row
     resume_at: float = 0.0  # monotonic
 
-    def failed(self, now: float) -> None:
+    def failed(self, now: float, again_in_s: float) -> None:
+        """`again_in_s`: it asked for that pause, whatever is to be told."""
         self.failures += 1
-        if self.failures >= REST_AFTER:
-            self.resume_at = now + REST.pause_s(self.failures - REST_AFTER + 1)
+        rest_s = REST.pause_s(self.failures - REST_AFTER + 1) if self.failures >= REST_AFTER else 0.0
+        self.resume_at = max(self.resume_at, now + max(rest_s, again_in_s))
 
     def room(self, now: float) -> int:
         """How many notices it may have in hand at once."""
@@ -329,8 +330,8 @@ class Notices:
                 child.ready(time.monotonic())
             case Notified(notice=notice):
                 self._told(notice, time.time())
-            case NotifyFailed(notice=notice, failure=failure):
-                self._failed(notice, failure, time.time())
+            case NotifyFailed(notice=notice, failure=failure, again_in_s=again_in_s):
+                self._failed(notice, failure, min(again_in_s, PAUSE.max_s), time.time())
         self._look_at = 0.0
         self._on_news()
 
@@ -342,16 +343,16 @@ class Notices:
         if self._struck(self._ledger.notice_sent, notice, wall):
             self._log(sent.row, "notified").info(f"{_about(sent.row)}: told {printable(sent.row['target'])}")
 
-    def _failed(self, notice: int, failure: Failure, wall: float) -> None:
+    def _failed(self, notice: int, failure: Failure, again_in_s: float, wall: float) -> None:
         sent = self._in_flight.pop(notice, None)
         if sent is None or failure.kind is FailureKind.WAITING:  # ended with us: it stays due, and no attempt is counted
             return
-        self._trouble.setdefault(sent.row["target"], Trouble()).failed(time.monotonic())
+        self._trouble.setdefault(sent.row["target"], Trouble()).failed(time.monotonic(), again_in_s)
         attempt = sent.row["attempts"] + 1
         if failure.kind is FailureKind.PERMANENT or attempt >= sent.attempts_max:
             self._give_up(sent.row, f"{failure.what}; {failure.hint}", wall)
             return
-        pause_s = PAUSE.pause_s(attempt, random.random())
+        pause_s = max(PAUSE.pause_s(attempt, random.random()), again_in_s)
         if self._struck(self._ledger.notice_postponed, notice, failure.what, wall + pause_s, wall):
             again = f"told again in {pause_s:.0f} s (attempt {attempt} of {sent.attempts_max}); {failure.hint}"
             self._log(sent.row, "notice_postponed").info(f"{_about(sent.row)}: {failure.what}; {again}")

@@ -2,12 +2,15 @@
 
 Owns: reading their wires, their standard errors and their exits, and keeping one child of a kind alive (`Keeper`) with a back-off
 of its own: a boot failure is not a job failure. A child that does not even die when killed (stuck in the kernel on a dead mount)
-is abandoned and named; it is reaped whenever it does end.
+is abandoned and named; it is reaped whenever it does end. None takes its place before that, or it would hang there as well, unless
+something else was mounted meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +27,8 @@ OnExit = Callable[[Any, str], None]
 ORPHANED_WIRE_S = 5.0
 BOOT_PAUSE = Backoff(base_s=0.25, max_s=60.0)
 HEALTHY_AFTER_S = 20.0
+BOOT_S = 20.0
+"""A child that is not ready by then hangs; or so it is said, for it may still come."""
 
 
 class Nursery:
@@ -124,12 +129,17 @@ class Nursery:
 class Keeper:
     """Keeps one child of a kind alive: starts it, starts it again after a pause that grows while it keeps failing."""
 
-    def __init__(self, nursery: Nursery, *, name: str, module: str, receives: object, hello: Message, on_frame: OnFrame) -> None:
+    def __init__(
+        self, nursery: Nursery, *, name: str, module: str, receives: object, hello: Message, on_frame: OnFrame, place: bytes = b""
+    ) -> None:
+        """`place` is the directory that the child serves and may hang on, if there is one."""
         self._nursery = nursery
         self._module = module
         self._receives = receives
         self._hello = hello
         self._handle = on_frame
+        self._place = place
+        self._mounts: tuple[bytes, ...] = ()  # below which the place lay when the child was killed
         self.name = name
         self.child: Child[Any] | None = None
         self.down = ""  # why there is no usable child, when there is none
@@ -142,9 +152,16 @@ class Keeper:
         """Whether the child is there and said that it is ready."""
         return self.child is not None and self.child.life in (Life.IDLE, Life.BUSY)
 
+    def late(self, now: float) -> bool:
+        """Whether the child should have been ready long ago."""
+        return self.child is not None and self.child.life is Life.BOOTING and now - self.child.born_at > BOOT_S
+
     def tick(self, now: float) -> None:
         """Start a child when one is wanted and it is time."""
-        if self._wanted and self.child is None and now >= self._start_at:
+        if self.child is not None and self.child.life is Life.KILLING and self._mounts and self._mounts != mounts_above(self._place):
+            logger.bind(child=self.name).info(f"{self.name} (pid {self.child.pid}) hangs on a mount that is gone; it is left to itself")
+            self.child = None  # the next tick starts another, when everybody has seen that this one is away
+        elif self._wanted and self.child is None and now >= self._start_at:
             self.child = self._nursery.start(
                 name=self.name, module=self._module, receives=self._receives, on_frame=self._on_frame, on_exit=self._on_exit
             )
@@ -158,6 +175,8 @@ class Keeper:
         """Not answering: kill it. If it does not even die, it is abandoned where it hangs and named in `down`."""
         if self.child is not None:
             self.down = why
+            if self._place and self.child.life is not Life.KILLING:
+                self._mounts = mounts_above(self._place)
             self.child.kill(time.monotonic(), why)
 
     def stop(self) -> None:
@@ -171,7 +190,9 @@ class Keeper:
         self._handle(child, frame)
 
     def _on_exit(self, child: Child[Any], how: str) -> None:
-        self.child = None
+        if child is not self.child:  # it was left to itself
+            return
+        self.child, self._mounts = None, ()
         if not self._wanted:
             return
         now = time.monotonic()
@@ -180,6 +201,17 @@ class Keeper:
         self._start_at = now + pause_s
         self.down = f"{self.name} {how}"
         logger.bind(child=self.name).warning(f"{self.name} (pid {child.pid}) {how}; starting it again in {pause_s:g} s")
+
+
+def mounts_above(place: bytes) -> tuple[bytes, ...]:
+    """The mounts on the way to a directory, each as the kernel's line of it. By name: the directory itself is not asked, it may hang."""
+    found, place = [], os.path.normpath(place)
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        for line in mounts:
+            point = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split(b" ")[4])
+            if place == point or place.startswith(point.rstrip(b"/") + b"/"):
+                found.append(line)
+    return tuple(found)
 
 
 def _level_of(line: str) -> str:

@@ -61,7 +61,7 @@ class Recording:
     ) -> None:
         media.check_file(descriptor)
         self._caps = caps
-        self._file = Source(descriptor, "rb", closefd=False)
+        self._file = Source(descriptor)
         self._container = media.open_media(self._file)
         self.track = self._choose_track(track, language, listen).number
         self._stream = media.audio_of(self._container)[self.track - 1]

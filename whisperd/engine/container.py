@@ -18,6 +18,7 @@ ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 MP3_HEADERS = (b"Xing", b"Info", b"VBRI")
 CHUNKS_MAX = 64  # in front of the samples
+ZEROS_BYTES = 1 << 16
 TAIL_BYTES = 1 << 17  # two Ogg pages of the largest size
 TS_PACKETS = (188, 192, 204)  # bytes: plain, with time codes (Blu-ray), with error correction
 
@@ -40,6 +41,13 @@ def promise_of(descriptor: int) -> Promise | None:
         return _promise(_unless_piped(_number(head, 16, 8)), slack=256)
     size = _unless_piped(_number(head, 4, 4) + 8) if head[:4] == b"RIFF" and head[8:12] == b"AVI " else _asf(head)
     return _roughly(size)
+
+
+def zeros_from(descriptor: int) -> int | None:
+    """Where the sound of a WAV ends, when so many zeros follow that nothing else will: a recorder took the room and never gave it back."""
+    promised = promise_of(descriptor) if os.pread(descriptor, 12, 0)[8:] == b"WAVE" else None
+    behind = os.pread(descriptor, ZEROS_BYTES, promised.size) if promised is not None else b""
+    return promised.size if promised is not None and len(behind) == ZEROS_BYTES and not any(behind) else None
 
 
 def _wave(descriptor: int, head: bytes) -> Promise | None:

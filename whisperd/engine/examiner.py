@@ -12,6 +12,7 @@ import resource
 import select
 import sys
 import time
+from collections.abc import Callable
 
 from loguru import logger
 
@@ -76,7 +77,7 @@ class Examiner:
             case Stop():
                 self._stopping = True
             case Examine(job=job):
-                self._channel.send_all(self._examined(job, only_descriptor(frame)))
+                self._channel.send_all(look(job, only_descriptor(frame), self._terms, on_read=self._teller(job)))
             case Take() as order:
                 self._take(order, only_descriptor(frame))
             case Drop(job=job):
@@ -85,21 +86,6 @@ class Examiner:
                     remove(self._copy_of(job))
             case ServeInbox():
                 raise WireBroken("told twice what to serve")
-
-    def _examined(self, job: int, descriptor: int) -> Examined | ExamineFailed:
-        from whisperd.engine.media import Caps, MediaDamaged, MediaRefused, examine  # FFmpeg is large: not before it is needed
-
-        terms = self._terms
-        try:
-            media = examine(descriptor, Caps(terms.duration_max_s, terms.channels_max, terms.rate_max_hz))
-            return Examined(job=job, media=media)
-        except (MediaRefused, MediaDamaged) as error:
-            failure = Failure(kind=FailureKind.PERMANENT, code=error.code, what=error.what, hint=error.hint)
-            return ExamineFailed(job=job, failure=failure)
-        except OSError as error:
-            return ExamineFailed(job=job, failure=unreadable(error).failure())
-        finally:
-            os.close(descriptor)
 
     def _take(self, order: Take, descriptor: int) -> None:
         if order.spool and not self._terms.spool:
@@ -114,15 +100,47 @@ class Examiner:
     # --- answers ---
 
     def _tell_progress(self) -> None:
-        """Only where there is some: a read that hangs is no life."""
-        progress, now = self._taker.progress(), time.monotonic()
-        if progress is not None and progress != self._told and now - self._told_at >= SIGN_OF_LIFE_S:
+        progress = self._taker.progress()
+        if progress is not None:
+            self._tell(progress)
+
+    def _tell(self, progress: tuple[int, int]) -> None:
+        """A sign of life, now and then, and only where there is some: a read that hangs is none."""
+        now = time.monotonic()
+        if progress != self._told and now - self._told_at >= SIGN_OF_LIFE_S:
             self._told, self._told_at = progress, now
             self._channel.send_all(Taking(job=progress[0], done_bytes=progress[1]))
+
+    def _teller(self, job: int) -> Callable[[int], None]:
+        """Tells how much the demuxer has read of a job's file."""
+        done_bytes = 0
+
+        def on_read(count: int) -> None:
+            nonlocal done_bytes
+            done_bytes += count
+            self._tell((job, done_bytes))
+
+        return on_read
 
     def _tell_outcomes(self) -> None:
         for outcome in self._taker.outcomes():
             self._channel.send_all(answer(outcome))
+
+
+def look(job: int, descriptor: int, terms: ServeInbox, *, on_read: Callable[[int], None] = lambda count: None) -> Examined | ExamineFailed:
+    """What the container of a recording says; the descriptor is closed. `on_read` is called with the bytes of each read."""
+    from whisperd.engine.media import Caps, MediaDamaged, MediaRefused, examine  # FFmpeg is large: not before it is needed
+
+    try:
+        media = examine(descriptor, Caps(terms.duration_max_s, terms.channels_max, terms.rate_max_hz), on_read=on_read)
+        return Examined(job=job, media=media)
+    except (MediaRefused, MediaDamaged) as error:
+        failure = Failure(kind=FailureKind.PERMANENT, code=error.code, what=error.what, hint=error.hint)
+        return ExamineFailed(job=job, failure=failure)
+    except OSError as error:
+        return ExamineFailed(job=job, failure=unreadable(error).failure())
+    finally:
+        os.close(descriptor)
 
 
 def answer(outcome: Outcome) -> Taken | TakeFailed:

@@ -12,7 +12,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -55,13 +55,34 @@ class Caps(NamedTuple):
 
 
 class Source(io.FileIO):
-    """The file under a demuxer, which a spoilt header may send to places that no file has: to that the answer is no, not an exception."""
+    """The file under a demuxer, which a spoilt header may send to places that no file has: to that the answer is no, not an exception.
+
+    Where only zeros follow the sound the file ends: FFmpeg looks for a name in every eight bytes of them, for minutes. `on_read` is called
+    with the bytes of each read. The descriptor stays open.
+    """
+
+    def __init__(self, descriptor: int, *, on_read: Callable[[int], None] = lambda count: None) -> None:
+        super().__init__(descriptor, "rb", closefd=False)
+        self._end = container.zeros_from(descriptor)
+        self._on_read = on_read
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if self._end is not None and whence == os.SEEK_END:
+            offset, whence = self._end + offset, os.SEEK_SET
         try:
             return super().seek(offset, whence)
         except OSError as error:
-            return -(error.errno or errno.EINVAL)
+            if error.errno not in (errno.EINVAL, errno.EOVERFLOW):  # the disk's or the share's fault, not the header's
+                raise
+            return -error.errno
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self._end is not None:
+            left = max(0, self._end - self.tell())
+            size = left if size is None or size < 0 else min(size, left)
+        data = super().read(-1 if size is None else size) or b""
+        self._on_read(len(data))
+        return data
 
 
 # --- opening -------------------------------------------------------------------------------------------------------------------
@@ -181,10 +202,13 @@ def hole_max_s(media: Any, stream: Any, caps: Caps) -> float:
 # --- the whole of it -----------------------------------------------------------------------------------------------------------
 
 
-def examine(descriptor: int, caps: Caps) -> Media:
-    """What a container says. Raises MediaRefused, MediaDamaged as the engine would of any of its tracks; OSError, MemoryError."""
+def examine(descriptor: int, caps: Caps, *, on_read: Callable[[int], None] = lambda count: None) -> Media:
+    """What a container says; `on_read` is called with the bytes of each read.
+
+    Raises MediaRefused, MediaDamaged as the engine would of any of its tracks; OSError, MemoryError.
+    """
     check_file(descriptor)
-    with _opened(descriptor) as media:
+    with _opened(Source(descriptor, on_read=on_read)) as media:
         streams = audio_of(media)
         _check_any(descriptor, media, streams, caps)
         first = next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
@@ -199,8 +223,8 @@ def examine(descriptor: int, caps: Caps) -> Media:
 
 
 @contextmanager
-def _opened(descriptor: int) -> Iterator[Any]:
-    with Source(descriptor, "rb", closefd=False) as file:
+def _opened(source: Source) -> Iterator[Any]:
+    with source as file:
         media = open_media(file)
         try:
             yield media

@@ -125,6 +125,13 @@ class Taker:
             ended, self._outcomes = list(self._outcomes), deque()
             return ended
 
+    def outcome(self, errand: Errand) -> Outcome:
+        """Read one content to its end, in whatever thread this is called; nobody else may read meanwhile."""
+        try:
+            return Outcome(errand, sha256=self._take(errand))
+        except TakingFailed as error:
+            return Outcome(errand, error=error)
+
     def drop(self, job: int) -> None:
         """This job is not wanted any more: its turn does not come, or ends at the next block."""
         with self._changed:
@@ -147,7 +154,7 @@ class Taker:
     def _work(self) -> None:
         try:
             while (errand := self._next()) is not None:
-                outcome = self._outcome(errand)
+                outcome = self.outcome(errand)
                 with self._changed:
                     if self._unwanted and errand.copy:  # too late for a block to notice
                         remove(errand.copy)
@@ -156,12 +163,6 @@ class Taker:
         except Exception as error:  # noqa: BLE001 - whatever it is: an examiner that takes nothing must not look alive
             logger.opt(exception=error).error("unexpected error while a recording was read")
             os._exit(1)
-
-    def _outcome(self, errand: Errand) -> Outcome:
-        try:
-            return Outcome(errand, sha256=self._take(errand))
-        except TakingFailed as error:
-            return Outcome(errand, error=error)
 
     def _next(self) -> Errand | None:
         with self._changed:

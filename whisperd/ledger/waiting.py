@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from whisperd.ledger.reader import JOBS, Reader, Row
 
 BACKLOG_MAX = 10_000
@@ -88,15 +90,17 @@ class WaitingQueries(Reader):
                     known["urgent"] += jobs if priority == 0 else 0
         return list(waiting.values())
 
-    def unpublished(self, limit: int = 200) -> list[Row]:
-        """Work for the outboxes: transcripts, and failures whose error file is not out yet; oldest first."""
+    def unpublished(self, limit: int = 200, *, but: Collection[bytes] = ()) -> list[Row]:
+        """Work for the outboxes `but` these: transcripts, and failures whose error file is not out yet; oldest first."""
+        served = f"inbox.active = 1 AND inbox.outbox NOT IN ({', '.join('?' * len(but))})"
         waiting = (
             "SELECT job.id FROM inbox CROSS JOIN job INDEXED BY job_by_state ON job.inbox_id = inbox.id AND job.state = 'transcribed'"
-            " WHERE inbox.active = 1 UNION ALL"
+            f" WHERE {served} UNION ALL"
             f" SELECT job.id FROM job INDEXED BY job_unreported CROSS JOIN inbox ON inbox.id = job.inbox_id WHERE job.{_UNPUBLISHED}"
-            " AND inbox.active = 1"
+            f" AND {served}"
         )
-        return list(self.db.query(f"{JOBS} WHERE job.id IN ({waiting} ORDER BY 1 LIMIT ?) ORDER BY job.id", [limit]))
+        found = self.db.query(f"{JOBS} WHERE job.id IN ({waiting} ORDER BY 1 LIMIT ?) ORDER BY job.id", [*but, *but, limit])
+        return list(found)
 
     def open_work(self) -> dict[str, int]:
         """What has to happen before a drained daemon may end, by what it waits for; only inboxes in use count, and nothing that is held."""
@@ -136,15 +140,15 @@ class WaitingQueries(Reader):
 
     # --- after the transcript ---
 
-    def owed_disposals(self, limit: int) -> list[Row]:
-        """Jobs whose source is still to be archived or deleted (`disposal`), oldest first."""
+    def owed_disposals(self, limit: int, *, but: Collection[bytes] = ()) -> list[Row]:
+        """Jobs whose source is still to be archived or deleted (`disposal`), oldest first; `but` not those of these outboxes."""
         return list(
             self.db.query(
                 f"{JOBS} WHERE job.id IN (SELECT job.id FROM job INDEXED BY job_owed JOIN inbox ON inbox.id = job.inbox_id"
                 " WHERE job.state = 'done' AND (job.disposal = 'archive' OR job.disposal = 'delete')"
-                " AND inbox.active = 1 ORDER BY job.id LIMIT ?)"
+                f" AND inbox.active = 1 AND inbox.outbox NOT IN ({', '.join('?' * len(but))}) ORDER BY job.id LIMIT ?)"
                 " ORDER BY job.id",
-                [limit],
+                [*but, limit],
             )
         )
 

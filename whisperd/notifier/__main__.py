@@ -105,7 +105,9 @@ def carry_out(order: Order, stop: threading.Event) -> Answer:
             webhook.call(order, now=time.time())
         else:
             hook.run(order, stop=stop)
-    except (webhook.NotTold, hook.NotRun) as error:
+    except webhook.NotTold as error:
+        return NotifyFailed(notice=order.notice, failure=error.failure, again_in_s=error.again_in_s)
+    except hook.NotRun as error:
         return NotifyFailed(notice=order.notice, failure=error.failure)
     except Exception as error:  # noqa: BLE001 - a fault of ours met by one notice must not stop the telling of all others
         logger.error("cannot tell notice {}: {}", order.notice, type(error).__name__)  # its values may be secrets

@@ -2,8 +2,8 @@
 
 Owns: the programs that whisperd runs for others. No shell, a process group of its own, nothing on standard input, and an environment of
 PATH, LANG and the facts it was given, nothing of ours. Its output is read so that it never stands still for want of room, and its last
-lines are kept for the failure. When its time is over, or it has ended, its whole group is: SIGTERM, and SIGKILL soon after.
-Fails with `NotRun`.
+lines are kept for the failure. When its time is over, or it has ended, its whole group is: SIGTERM, and SIGKILL soon after. Should we
+be killed ourselves, the guard of the group ends it. Fails with `NotRun`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from typing import NamedTuple
 
 from whisperd.child import describe_exit
 from whisperd.errors import WhisperdError, printable
@@ -30,6 +31,9 @@ LINES = 3
 TERMINATE_S = 2.0
 LOOK_S = 0.2
 PIPE_BYTES = 65536
+GUARD = ("/bin/sh", "-c", "trap '' HUP INT TERM; read -r _; kill -KILL 0")
+"""Leads the group of a hook, and waits at a pipe that is at its end once we are gone, however we went: then it kills the group. A death
+signal (prctl) would reach the hook itself, but nothing that it started."""
 
 _LASTING = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.E2BIG)
 
@@ -47,11 +51,11 @@ def run(order: RunHook, *, stop: threading.Event) -> None:
     shown = printable(order.command[0])
     if stop.is_set():
         raise _interrupted(shown)
-    process = _start(order, shown)
+    group = _start(order, shown)
     try:
-        tail, in_time = _follow(process, time.monotonic() + order.timeout_s, stop)
+        tail, in_time = _follow(group.process, time.monotonic() + order.timeout_s, stop)
     finally:
-        code = _end(process)
+        code = _end(group)
     if stop.is_set() and not in_time:
         raise _interrupted(shown)
     if not in_time:
@@ -72,8 +76,30 @@ def environment_of(facts: dict[str, str]) -> dict[bytes, bytes]:
     return {b"PATH": PATH.encode(), b"LANG": LANG.encode(), **given}
 
 
-def _start(order: RunHook, shown: str) -> subprocess.Popen[bytes]:
+class Group(NamedTuple):
+    """A hook and the guard that leads its process group, which keeps the group's number ours until it is reaped."""
+
+    process: subprocess.Popen[bytes]
+    guard: subprocess.Popen[bytes]
+
+
+def _start(order: RunHook, shown: str) -> Group:
     """Raises NotRun. No such program is a lasting fact; no memory or no room for a process is not."""
+    try:
+        guard = subprocess.Popen(
+            GUARD, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={}, process_group=0, cwd="/"
+        )
+    except OSError as error:
+        hint = "look whether there is memory left, and room for processes (TasksMax= of the unit)"
+        raise NotRun(FailureKind.TRANSIENT, "hook_unusable", f"cannot guard hook {shown}: {error.strerror}", hint) from error
+    try:
+        return Group(_start_in(guard.pid, order, shown), guard)
+    except BaseException:
+        _dismiss(guard)
+        raise
+
+
+def _start_in(group: int, order: RunHook, shown: str) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             [os.fsencode(word) for word in order.command],
@@ -81,7 +107,7 @@ def _start(order: RunHook, shown: str) -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment_of(order.environment),
-            process_group=0,
+            process_group=group,
             cwd="/",
         )
     except OSError as error:
@@ -122,18 +148,27 @@ def _read(descriptor: int) -> bytes:
         return b""
 
 
-def _end(process: subprocess.Popen[bytes]) -> int:
-    """End the whole group and reap its leader, which keeps the group's number ours until then. The leader's exit status."""
-    with suppress(ProcessLookupError, PermissionError):
-        if not _ended(process, 0.0):
-            os.killpg(process.pid, signal.SIGTERM)
-            _ended(process, TERMINATE_S)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _end(group: Group) -> int:
+    """End the whole group and reap it. The hook's exit status."""
+    process = group.process
+    if not _ended(process, 0.0):
+        os.killpg(group.guard.pid, signal.SIGTERM)
+        _ended(process, TERMINATE_S)
+    _dismiss(group.guard)
+    with suppress(PermissionError):  # one that left the group
+        process.kill()
     code = process.wait()
     if process.stdout is not None:
         process.stdout.close()
     return code
+
+
+def _dismiss(guard: subprocess.Popen[bytes]) -> None:
+    """Kill the group, and reap its leader last of all."""
+    os.killpg(guard.pid, signal.SIGKILL)
+    guard.wait()
+    if guard.stdin is not None:
+        guard.stdin.close()
 
 
 def _ended(process: subprocess.Popen[bytes], wait_s: float) -> bool:

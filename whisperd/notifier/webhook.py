@@ -3,8 +3,8 @@
 Owns: every network connection of whisperd at run time but the fetching of a model. A call is a POST of JSON, signed as
 https://www.standardwebhooks.com says. The name is resolved once, its addresses are judged (`address`), and the connection is made to
 one that passed: a second resolution could give another answer (DNS rebinding). No redirect is followed, no proxy is taken from the
-environment, https is verified against the system's certificates, and nothing of the answer is kept but its status.
-Fails with `NotTold`.
+environment, https is verified against the system's certificates, and nothing of the answer is kept but its status, and when it asks to
+be called again. Fails with `NotTold`.
 
 What is tried again: everything but 410 (the receiver says that it is gone for good), an address that is refused, and a setting that
 cannot be used. 400, 401, 403 and 404 as well: receivers are deployed late, their secrets are changed, and then the notice is still
@@ -23,6 +23,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from ipaddress import ip_address
 from typing import NamedTuple
@@ -40,6 +42,9 @@ from whisperd.wire import CallWebhook
 
 SECRET_PREFIX = "whsec_"
 GONE = 410
+BUSY = (429, 503)
+"""Answers of which Retry-After says when to come again (RFC 6585 §4, RFC 9110 §15.6.4)."""
+AGAIN_MAX_S = 1e9  # the daemon bounds it; this is what the wire can carry, which knows no infinity
 REASON_CHARS = 80
 
 Resolver = Callable[[str, int], list[str]]
@@ -48,9 +53,18 @@ Resolver = Callable[[str, int], list[str]]
 class NotTold(WhisperdError):
     """The webhook did not take the notice."""
 
-    def __init__(self, kind: FailureKind, code: str, what: str, hint: str = "") -> None:
+    def __init__(self, kind: FailureKind, code: str, what: str, hint: str = "", *, again_in_s: float = 0.0) -> None:
         super().__init__(what, hint=hint)
         self.failure = Failure(kind=kind, code=code, what=what, hint=hint)
+        self.again_in_s = again_in_s
+
+
+class Answer(NamedTuple):
+    """What is kept of an answer: its status and its words, and after how long it asks to be called again (0: it does not)."""
+
+    status: int
+    reason: str
+    again_in_s: float
 
 
 class Place(NamedTuple):
@@ -78,7 +92,7 @@ def call(order: CallWebhook, *, now: float, resolve: Resolver | None = None) -> 
     try:
         found = (resolve or addresses_of)(place.host, place.port)
         line = _connect(place, permitted(place.host, found, order.allow), ends_at)
-        status, reason = _post(place, line, headers, order.body, ends_at)
+        answer = _post(place, line, headers, order.body, ends_at, now=now)
     except Refused as error:
         raise NotTold(FailureKind.PERMANENT, error.code, error.what, error.hint) from error
     except ssl.SSLCertVerificationError as error:
@@ -88,7 +102,7 @@ def call(order: CallWebhook, *, now: float, resolve: Resolver | None = None) -> 
         ) from error
     except (OSError, HTTPError, HTTPException) as error:
         raise _unanswered(place, error, late=time.monotonic() >= ends_at, timeout_s=order.timeout_s) from error
-    _judge(place, status, reason)
+    _judge(place, answer)
 
 
 # --- what is sent ---
@@ -177,8 +191,8 @@ class _Tls(HTTPSConnection):
         return self.line
 
 
-def _post(place: Place, line: socket.socket, headers: dict[str, str], body: bytes, ends_at: float) -> tuple[int, str]:
-    """One request over a connection that is there; the status and its words. Raises OSError, HTTPError, HTTPException."""
+def _post(place: Place, line: socket.socket, headers: dict[str, str], body: bytes, ends_at: float, *, now: float) -> Answer:
+    """One request over a connection that is there. Raises OSError, HTTPError, HTTPException."""
     left_s = max(0.001, ends_at - time.monotonic())
     connection: _Plain | _Tls
     if place.tls:
@@ -192,7 +206,8 @@ def _post(place: Place, line: socket.socket, headers: dict[str, str], body: byte
             answer = connection.getresponse()
             if late.is_set():  # half a header may pass for a whole one
                 raise TimeoutError
-            return answer.status, answer.reason or ""
+            again_in_s = pause_asked_s(answer.headers.get("Retry-After", ""), answer.headers.get("Date", ""), now=now)
+            return Answer(answer.status, answer.reason or "", again_in_s if answer.status in BUSY else 0.0)
         finally:
             connection.close()
 
@@ -236,11 +251,33 @@ def _unanswered(place: Place, error: Exception, *, late: bool, timeout_s: float)
     return NotTold(FailureKind.TRANSIENT, "webhook_unreachable", what, "look whether it works; it is tried again")
 
 
-def _judge(place: Place, status: int, reason: str) -> None:
+def pause_asked_s(asked: str, sent: str, *, now: float) -> float:
+    """The pause that a Retry-After asks for, seconds or a date (RFC 9110 §10.2.3); 0 for one that is past or cannot be read.
+
+    A date is held against the receiver's own clock (the answer's Date, in `sent`) where that is known, else against ours (`now`).
+    """
+    asked = asked.strip()
+    if asked.isascii() and asked.isdigit():
+        return min(float(asked), AGAIN_MAX_S)
+    until, its_now = _moment(asked), _moment(sent)
+    return 0.0 if until is None else min(max(0.0, until - (now if its_now is None else its_now)), AGAIN_MAX_S)
+
+
+def _moment(date: str) -> float | None:
+    """An HTTP date in seconds since 1970; None for what is none."""
+    try:
+        found = parsedate_to_datetime(date)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _judge(place: Place, answer: Answer) -> None:
     """2xx is told. Raises NotTold."""
+    status = answer.status
     if 200 <= status < 300:
         return
-    what = f"{place.shown} answered {status} {printable(reason[:REASON_CHARS])}".rstrip()
+    what = f"{place.shown} answered {status} {printable(answer.reason[:REASON_CHARS])}".rstrip()
     if status == GONE:
         raise NotTold(FailureKind.PERMANENT, "webhook_gone", what, "it asks not to be called any more: remove that [[webhook]]")
     if 300 <= status < 400:
@@ -249,4 +286,4 @@ def _judge(place: Place, status: int, reason: str) -> None:
         hint = "look whether `url` and `secret` are what the receiver expects; it is tried again"
     else:
         hint = "look what the receiver says of it; it is tried again"
-    raise NotTold(FailureKind.TRANSIENT, "webhook_refused", what, hint)
+    raise NotTold(FailureKind.TRANSIENT, "webhook_refused", what, hint, again_in_s=answer.again_in_s)

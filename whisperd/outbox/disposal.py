@@ -6,6 +6,10 @@ the inbox downwards by descriptors; no symbolic link is followed and no other fi
 back, and never lost. Cut off anywhere, the source is whole at its own name, at the private one, or in the archive; the same request
 again finishes it, and then it is at one place.
 
+The profile of the recording (`NAME.whisperd.toml`) goes the same way. It is taken to a private name (`.profile-`) once the source
+is at its, and given back before the source is: one that is found there alone is one whose source was put away. A profile that another
+recording of that name may need by now stays; so do the profiles of folders.
+
 The same recording means the same size, mtime, inode and ctime. The device is no part of it, since a remount changes that. The ctime is:
 it alone tells of a file that was rewritten in place with its size and mtime restored. Where only some of these differ (a chmod, a share
 that makes up its inodes), the content decides, if its sha256 is known. Our own renames change the ctime too, so a source that had to be
@@ -20,15 +24,17 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
 
 from whisperd.errors import printable
-from whisperd.outbox.failures import FolderGone, NameTaken, OutboxAbsent, Unpublished, attempting, met_in
-from whisperd.outbox.names import components, numbered, temporary
-from whisperd.outbox.place import FOREIGN, Folder, Outbox, Owner, closing, digest, move, open_below, open_file, open_root
+from whisperd.outbox.archive import PROFILE, Held, Shelf, content_of, copied, kept_as, shelve, shelve_beside
+from whisperd.outbox.failures import FolderGone, OutboxAbsent, Unpublished, attempting, met_in
+from whisperd.outbox.names import NAME_BYTES_MAX, components, temporary
+from whisperd.outbox.owner import Owner
+from whisperd.outbox.place import Folder, Outbox, closing, open_below, open_file, open_root
 from whisperd.vocabulary import Sighting
 from whisperd.wire import Dispose, ServeOutbox
 
@@ -36,24 +42,20 @@ ARCHIVED, DELETED, GONE, CHANGED = "archived", "deleted", "gone", "changed"
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _INT64_MAX = (1 << 63) - 1
-_COARSE_NS = 2_000_000_000  # vfat keeps times in steps of two seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A recording to be put away: its folder, its name there, and the private one."""
+class Source(Held):
+    """A recording, and the profile beside it (none where its name would be too long for one)."""
 
-    folder: Folder
-    name: bytes
-    hidden: bytes
     sighting: Sighting
+    profile: Held | None
 
-    def known(self, name: bytes) -> os.stat_result | None:
-        with attempting("look at", self.folder.full(name)):
-            try:
-                return os.stat(name, dir_fd=self.folder.descriptor, follow_symlinks=False)
-            except FileNotFoundError:
-                return None
+    def give_back(self) -> None:
+        """Its profile before itself, so that one that is found alone is known to be left over."""
+        if self.profile is not None and self.profile.is_hidden():
+            self.profile.give_back()
+        Held.give_back(self)
 
     def is_it(self, found: os.stat_result) -> bool:
         """Whether this is the file of the sighting, as far as a rename of ours leaves it alone."""
@@ -61,32 +63,17 @@ class Source:
         same = (found.st_size, _in_int64(found.st_mtime_ns), found.st_ino) == (wanted.size, wanted.mtime_ns, wanted.inode)
         return stat.S_ISREG(found.st_mode) and same
 
-    def has_both_names(self) -> bool:
-        """Where a rename is made of a link and an unlink, a crash in between leaves one file under two names."""
-        one, other = self.known(self.name), self.known(self.hidden)
-        return one is not None and other is not None and os.path.samestat(one, other)
-
-    def take(self, held: os.stat_result) -> bool:
-        """Bring it under its private name; False, and all is as it was, when that was another file than the one held open."""
-        with attempting("take away", self.folder.full(self.name)):
-            if not move(self.folder.descriptor, self.name, self.folder.descriptor, self.hidden):
-                return False
-        found = self.known(self.hidden)
-        if found is not None and (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) == _content_of(held):
-            return True
-        self.give_back()
-        return False
-
-    def give_back(self) -> None:
-        """From the private name to its own, or to the next one that is free, should somebody have been faster."""
-        if self.has_both_names():
-            self.folder.discard(self.hidden)
+    def take_profile(self) -> None:
+        """Bring the profile under its private name, unless it is by now that of another recording. The source is under its own already."""
+        if self.profile is None:
             return
-        for name in numbered(self.name):
-            with attempting("give back", self.folder.full(name)):
-                if move(self.folder.descriptor, self.hidden, self.folder.descriptor, name):
-                    break
-        self.folder.sync()
+        if self.profile.is_hidden():  # by a run that was cut off
+            if self.profile.has_both_names():
+                self.profile.folder.discard(self.profile.name)
+            return
+        found = self.profile.known(self.profile.name)
+        if found is not None and stat.S_ISREG(found.st_mode) and self.known(self.name) is None:
+            self.profile.take(found)
 
 
 class Disposal:
@@ -102,12 +89,15 @@ class Disposal:
         *parents, name = components(request.sighting.path)
         try:
             with met_in("inbox"), _entered(request, parents) as folder:
-                return self._dispose(request, Source(folder, name, hidden_name(request), request.sighting))
+                source = Source(folder, name, hidden_name(request), request.sighting, _profile_of(request, folder, name))
+                if source.profile is not None and source.profile.is_hidden() and not source.is_hidden():
+                    self._finish(request, source, source.profile)
+                return self._dispose(request, source)
         except FolderGone:
             return self._missing(request)
 
     def _dispose(self, request: Dispose, source: Source) -> str:
-        at = source.name if source.known(source.hidden) is None else source.hidden
+        at = source.hidden if source.is_hidden() else source.name
         found = source.known(at)
         if found is None:
             return self._missing(request)
@@ -117,7 +107,7 @@ class Disposal:
                 source.give_back()
             return CHANGED
         with attempting("open", source.folder.full(at)), closing(open_file(source.folder.descriptor, at)) as held:
-            if _content_of(os.fstat(held)) != _content_of(found):
+            if content_of(os.fstat(held)) != content_of(found):
                 return CHANGED
             _must_be_writable(source.folder)
             if source.has_both_names():
@@ -136,7 +126,7 @@ class Disposal:
         *parents, name = components(request.sighting.path)
         try:
             with met_in("archive"), self._shelf(request, parents, make=False) as shelf:
-                if _kept_as(shelf, name, request.sighting, None) is None:
+                if kept_as(shelf, name, request.sighting.size, request.sighting.mtime_ns, None) is None:
                     return GONE
                 shelf.sync()
                 return ARCHIVED
@@ -149,33 +139,47 @@ class Disposal:
         with self._given_back_on_failure(source):
             if not taken and not source.take(os.fstat(held)):
                 return CHANGED
+            source.take_profile()
             source.folder.discard(source.hidden)
+        if source.profile is not None and source.profile.is_hidden():
+            source.folder.discard(source.profile.hidden)
         source.folder.sync()
         return DELETED
 
     def _archive(self, request: Dispose, source: Source, held: int, *, taken: bool) -> str:
         """Whatever can fail for want of room comes before the source is touched."""
-        *parents, _ = components(request.sighting.path)
-        copied = temporary(request.job, "archive-" + _mark(request))
         before = os.fstat(held)
-        with met_in("archive"), self._shelf(request, parents, make=True) as shelf:
-            kept = _kept_as(shelf, source.name, request.sighting, held)
-            far = not _one_mount(shelf.descriptor, source.folder.descriptor)
-            try:
-                if far and kept is None:
-                    shelf.copy(held, copied, meant_for=source.name)
-                with self._given_back_on_failure(source):
-                    with met_in("inbox"):
-                        if not taken and (os.fstat(held).st_ctime_ns != before.st_ctime_ns or not source.take(before)):
-                            return CHANGED
-                    _shelve(source, shelf, kept, copied if far else None)
-            finally:
-                if far:
-                    with suppress(Unpublished):  # a share that went away takes it along; the next run has the same name
-                        shelf.discard(copied)
-        source.folder.discard(source.hidden)
+        with met_in("archive"), self._shelf_for(request, source, make=True) as shelf:
+            with copied(shelf, held, source.name) as kept, self._given_back_on_failure(source):
+                with met_in("inbox"):
+                    if not taken and (os.fstat(held).st_ctime_ns != before.st_ctime_ns or not source.take(before)):
+                        return CHANGED
+                    source.take_profile()
+                name = shelve(source, shelf, kept, source.name)
+            with met_in("inbox"):
+                source.folder.discard(source.hidden)
+            if source.profile is not None and source.profile.is_hidden():
+                shelve_beside(source.profile, shelf, name)
         source.folder.sync()
         return ARCHIVED
+
+    def _finish(self, request: Dispose, source: Source, profile: Held) -> None:
+        """The source was put away by a run that was cut off before its profile was."""
+        if request.archive:
+            with met_in("archive"), self._shelf_for(request, source, make=True) as shelf:
+                sighting = request.sighting
+                name = kept_as(shelf.folder, source.name, sighting.size, sighting.mtime_ns, None)
+                shelve_beside(profile, shelf, name or source.name)
+        else:
+            source.folder.discard(profile.hidden)
+        source.folder.sync()
+
+    @contextmanager
+    def _shelf_for(self, request: Dispose, source: Source, *, make: bool) -> Iterator[Shelf]:
+        *parents, _ = components(request.sighting.path)
+        with self._shelf(request, parents, make=make) as folder:
+            far = not _one_mount(folder.descriptor, source.folder.descriptor)
+            yield Shelf(folder, temporary(request.job, "archive-" + _mark(request)), far)
 
     @contextmanager
     def _shelf(self, request: Dispose, parents: list[bytes], *, make: bool) -> Iterator[Folder]:
@@ -192,7 +196,7 @@ class Disposal:
         try:
             yield
         except Unpublished:
-            if source.known(source.hidden) is not None:
+            if source.is_hidden():
                 source.give_back()
                 found = source.known(source.name)
                 if found is not None:
@@ -205,16 +209,18 @@ def hidden_name(request: Dispose) -> bytes:
     return temporary(request.job, "source-" + _mark(request))
 
 
+def _profile_of(request: Dispose, folder: Folder, name: bytes) -> Held | None:
+    if len(name) + len(PROFILE) > NAME_BYTES_MAX:
+        return None
+    return Held(folder, name + PROFILE, temporary(request.job, "profile-" + _mark(request)))
+
+
 def _mark(request: Dispose) -> str:
     sighting = request.sighting
     return hashlib.sha256(b"%s/%d/%d/%d" % (sighting.path, sighting.inode, sighting.size, sighting.mtime_ns)).hexdigest()[:8]
 
 
 # --- identity ------------------------------------------------------------------------------------------------------------------
-
-
-def _content_of(found: os.stat_result) -> tuple[int, int, int, int]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _same_content(source: Source, at: bytes, found: os.stat_result, sha256: str) -> bool:
@@ -282,55 +288,3 @@ def _step(above: int, part: bytes, path: bytes) -> int:
             if error.errno not in _NOT_THERE:
                 raise
             raise FolderGone(f"cannot open the folder {printable(path)}: it is not there") from error
-
-
-# --- the archive ---------------------------------------------------------------------------------------------------------------
-
-
-def _kept_as(shelf: Folder, name: bytes, sighting: Sighting, held: int | None) -> bytes | None:
-    """Under which name the archive has it already: by size and time, and if the source is still there, by the very bytes."""
-    for candidate in numbered(name):
-        with attempting("look at", shelf.full(candidate)):
-            try:
-                found = os.stat(candidate, dir_fd=shelf.descriptor, follow_symlinks=False)
-            except FileNotFoundError:
-                return None
-        alike = found.st_size == sighting.size and abs(found.st_mtime_ns - sighting.mtime_ns) < _COARSE_NS
-        if alike and stat.S_ISREG(found.st_mode) and (held is None or _same_bytes(shelf, candidate, found, held)):
-            return candidate
-    return None
-
-
-def _same_bytes(shelf: Folder, candidate: bytes, found: os.stat_result, held: int) -> bool:
-    known = os.fstat(held)
-    if (known.st_dev, known.st_ino) == (found.st_dev, found.st_ino):
-        return True
-    there = shelf.observe(candidate, size=known.st_size)
-    return there not in (None, FOREIGN) and there == digest(held, size=None)
-
-
-def _shelve(source: Source, shelf: Folder, kept: bytes | None, copied: bytes | None) -> None:
-    """Make it stand in the archive, durably: the copy, or the source itself, unless it is kept already. Raises Unpublished.
-
-    A copy whose name could not be made durable is taken away again: a second fsync might say that all is well when it is not.
-    """
-    name = kept or _first_free(source, shelf, copied)
-    try:
-        shelf.sync()
-    except Unpublished:
-        if copied is not None:
-            shelf.discard(name)
-        raise
-
-
-def _first_free(source: Source, shelf: Folder, copied: bytes | None) -> bytes:
-    """The first name that nothing in the archive has, given to the copy or to the source itself. Raises NameTaken."""
-    for name in numbered(source.name):
-        if copied is not None:
-            done = shelf.settle_at(copied, name)
-        else:
-            with attempting("archive as", shelf.full(name)):
-                done = move(source.folder.descriptor, source.hidden, shelf.descriptor, name)
-        if done:
-            return name
-    raise NameTaken(f"cannot archive as {printable(shelf.full(source.name))}: too many of that name are there", hint="clear up the archive")

@@ -1,6 +1,6 @@
 """place: the outbox as directories, held open.
 
-Owns: making the outbox and its sub-tree, owner and mode of everything made there, and the few effects on one open directory.
+Owns: making the outbox and its sub-tree, and the few effects on one open directory. (Owner and mode of what is made: `owner`.)
 Nothing is reached by a path that somebody could bend: each step is a descriptor, and below the outbox no symbolic link is followed.
 Fails with the errors of `failures`; above all, an outbox whose share went away is absent, and is not made anew below the mount point.
 """
@@ -15,10 +15,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from loguru import logger
 
 from whisperd.errors import printable
 from whisperd.outbox.failures import FolderGone, OutboxAbsent, OutboxBlocked, attempting
+from whisperd.outbox.owner import Owner, Refused, complaint, give, hands_down_group, no_matter, owner_like
 from whisperd.wire import ServeOutbox
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -29,19 +31,10 @@ _READ_BYTES = 1 << 20
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 CANNOT_RENAME_SO = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 CANNOT_LINK = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
-CANNOT_OWN = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 UNREADABLE = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
 
 FOREIGN = "foreign"
 """What `Folder.observe` says of something that cannot be a file of ours."""
-
-
-class Owner(NamedTuple):
-    """To whom new things are given; -1 leaves it as it is. `firm`: the group was named, so that no setgid folder has its way."""
-
-    uid: int = -1
-    gid: int = -1
-    firm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +45,7 @@ class Folder:
     path: bytes
     owner: Owner
     file_mode: int
+    refused: Refused = no_matter
 
     def full(self, name: bytes) -> bytes:
         return self.path + b"/" + name
@@ -78,7 +72,7 @@ class Folder:
         """A new file, whole and durable, that will be `meant_for`. What an earlier run left at the temporary name is never
         written to: it may be a second name of a published file."""
         with attempting("write", self.full(meant_for)), closing(self._create(temporary)) as descriptor:
-            _give(descriptor, self.owner, self.file_mode, inherits=_hands_down_group(self.descriptor))
+            self.refused(give(descriptor, self.owner, self.file_mode, inherits=hands_down_group(self.descriptor)))
             _write_all(descriptor, content)
             _sync(descriptor)
 
@@ -86,7 +80,7 @@ class Folder:
         """The same for a copy of an open file, with its mode, its time, and its owner where that can be had."""
         known = os.fstat(source)
         with attempting("copy to", self.full(meant_for)), closing(self._create(temporary)) as descriptor:
-            _give(descriptor, Owner(known.st_uid, known.st_gid, firm=True), stat.S_IMODE(known.st_mode), inherits=False)
+            give(descriptor, Owner(known.st_uid, known.st_gid, firm=True), stat.S_IMODE(known.st_mode), inherits=False)
             for data in _read(source):
                 _write_all(descriptor, data)
             os.utime(descriptor, ns=(known.st_atime_ns, known.st_mtime_ns))
@@ -141,6 +135,7 @@ class Outbox:
         self._like: Owner | None = None
         self._device_above: int | None = None
         self._was_mounted = False
+        self._complained = False
         self.unsure: set[bytes] = set()
 
     @contextmanager
@@ -157,17 +152,25 @@ class Outbox:
             os.close(folder.descriptor)
 
     def _folder(self, descriptor: int, path: bytes) -> Folder:
-        return Folder(descriptor, path, self._owner(), self._terms.file_mode)
+        return Folder(descriptor, path, self._owner(), self._terms.file_mode, self._refused)
 
     def _owner(self) -> Owner:
         """As the settings name it, else as the inbox has it."""
         uid, gid, like = self._terms.uid, self._terms.gid, self._like or Owner()
         return Owner(like.uid if uid < 0 else uid, like.gid if gid < 0 else gid, firm=gid >= 0)
 
+    def _refused(self, refused: Owner) -> None:
+        """Say once that the owner or group that the settings name cannot be given; what is published is published all the same."""
+        uid = refused.uid if self._terms.uid >= 0 else -1
+        gid = refused.gid if self._terms.gid >= 0 else -1
+        if not self._complained and (uid, gid) != (-1, -1):
+            self._complained = True
+            logger.warning(f"cannot give what is published in {printable(self.path)} {complaint(uid, gid)}")
+
     # --- the outbox itself ---
 
     def _open_root(self) -> Folder:
-        self._like = self._like or _owner_like(self._terms.like)
+        self._like = self._like or owner_like(self._terms.like)
         with attempting("open the outbox", self.path):
             try:
                 descriptor = open_root(self.path)
@@ -221,7 +224,7 @@ class Outbox:
             return open_below(above, name)
         descriptor = open_below(above, name)
         try:
-            _give(descriptor, self._owner(), self._terms.directory_mode, inherits=_hands_down_group(above))
+            self._refused(give(descriptor, self._owner(), self._terms.directory_mode, inherits=hands_down_group(above)))
             _sync(above)
         except BaseException:
             os.close(descriptor)
@@ -299,40 +302,6 @@ def _rename_noreplace(source: int, name: bytes, target: int, new: bytes) -> None
             return
         number = ctypes.get_errno()
     raise OSError(number, os.strerror(number))
-
-
-# --- owner and mode ------------------------------------------------------------------------------------------------------------
-
-
-def _owner_like(path: bytes) -> Owner | None:
-    """The owner and group of a directory; only root can give things away, anybody can try the group. None when it is absent."""
-    try:
-        known = os.stat(path)
-    except OSError:  # asked again with the next request; until then, what we make is simply ours
-        return None
-    return Owner(known.st_uid if os.geteuid() == 0 else -1, known.st_gid)
-
-
-def _hands_down_group(descriptor: int) -> bool:
-    return bool(os.fstat(descriptor).st_mode & stat.S_ISGID)
-
-
-def _give(descriptor: int, owner: Owner, mode: int, *, inherits: bool) -> None:
-    """Owner, then mode (a change of owner can clear bits of it). A setgid parent has already chosen the group and keeps its bit."""
-    gid = -1 if inherits and not owner.firm else owner.gid
-    try:
-        if (owner.uid, gid) != (-1, -1):
-            os.fchown(descriptor, owner.uid, gid)
-    except OSError as error:  # vfat, CIFS and squashed NFS keep their own idea of owners
-        if error.errno not in CANNOT_OWN:
-            raise
-    known = os.fstat(descriptor).st_mode
-    try:
-        if stat.S_IMODE(known) != mode | (known & stat.S_ISGID):
-            os.fchmod(descriptor, mode | (known & stat.S_ISGID))
-    except OSError as error:  # and of modes
-        if error.errno not in CANNOT_OWN:
-            raise
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------------------

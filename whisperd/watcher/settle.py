@@ -167,7 +167,8 @@ class Settler:
         if wait is None or not self._is_same(wait.sighting, sighting):
             self._begin(sighting, over)
             if wait is not None or recorded is None:
-                self._tell_seen(held, renamed_perhaps=wait is None)
+                # Where the path had a job, that one may be the newer: whoever asks for the newest job of the path would find the wrong one.
+                self._tell_seen(held, renamed_perhaps=wait is None and row is None)
             return
         wait.met = self._scan
         if wait.told:

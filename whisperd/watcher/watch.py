@@ -7,6 +7,7 @@ listed is told once as `InboxDown` and tried again; the loop itself ends only wi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
@@ -30,12 +31,14 @@ from whisperd.watcher.settle import Report, Settler
 from whisperd.watcher.source import CannotOpen, Entry, open_source
 from whisperd.watcher.writers import still_written
 from whisperd.wire import (
+    AskShare,
     Channel,
     Frame,
     InboxDown,
     OpenSource,
     Scanned,
     ScanNow,
+    ShareAnswered,
     Sightings,
     SourceLost,
     SourceOpened,
@@ -44,6 +47,7 @@ from whisperd.wire import (
     WatcherReady,
     WatchInbox,
     WireClosed,
+    name_only,
 )
 
 BREATHE_S = 0.02  # of a long scan, until the wire is served again
@@ -155,6 +159,8 @@ class Watch:
             for descriptor in frame.descriptors:  # none belongs here
                 os.close(descriptor)
             match frame.message:
+                case AskShare():
+                    self._ask_share()
                 case OpenSource(job=job, sighting=sighting):
                     self._open(job, sighting)
                 case ScanNow():
@@ -165,9 +171,15 @@ class Watch:
                 case WatchInbox():
                     logger.error("cannot watch another inbox: one process watches one")
 
+    def _ask_share(self) -> None:
+        """Come back with an answer, or hang with the share: how full it is can be known from no cache."""
+        with contextlib.suppress(OSError):  # absent, or broken: the next scan will say it better
+            os.statvfs(self._order.path)
+        self._channel.send_all(ShareAnswered())
+
     def _open(self, job: int, sighting: Sighting) -> None:
         try:
-            descriptor = open_source(self._order.path, sighting)
+            descriptor = name_only(open_source(self._order.path, sighting))
         except CannotOpen as error:
             self._channel.send_all(SourceLost(job=job, reason=error.reason, what=str(error)))
             self._doubt({sighting.path.rpartition(b"/")[0]})
