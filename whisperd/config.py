@@ -234,9 +234,13 @@ class OutboxSettings(Section):
     )
     file_mode: str = Field("0664", pattern=r"^0?[0-7]{3}$", description="Mode of published files (octal).")
     directory_mode: str = Field("0775", pattern=r"^[0-7]?[0-7]{3}$", description="Mode of directories made in the outbox (octal).")
-    owner: str = Field("", description="User that published files are given to (a name or a number); empty: that of the inbox.")
+    owner: str = Field(
+        "", description="User that published files are given to (a name or a number; needs CAP_CHOWN); empty: that of the inbox."
+    )
     group: str = Field("", description="Group of published files; empty: that of the inbox (a setgid outbox hands down its own).")
-    source: Afterwards = Field("keep", description="What becomes of a recording once its transcript is durable in the outbox.")
+    source: Afterwards = Field(
+        "keep", description="What becomes of a recording (and its own profile) once its transcript is durable in the outbox."
+    )
     subtitles: SubtitleSettings = Field(default_factory=SubtitleSettings, description="How srt and vtt are cut.")
 
     @field_validator("owner")

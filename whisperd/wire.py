@@ -452,7 +452,8 @@ class Withdraw(Message, frozen=True):
 
 class Dispose(Message, frozen=True):
     """daemon → outbox: the transcript of this source is out: move the source into `archive` (keeping its sub-tree), or delete it when
-    that is empty. Only if it still is the file of the sighting, or of the same content by its sha256 ("": unknown)."""
+    that is empty, and its own profile after it. Only if it still is the file of the sighting, or of the same content by its sha256
+    ("": unknown)."""
 
     job: int
     inbox: bytes

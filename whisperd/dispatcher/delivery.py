@@ -193,9 +193,7 @@ class Delivery:
     # --- sources whose transcripts are out ---
 
     def _dispose(self, now: float) -> None:
-        """Archive or delete what its inbox says, once the transcript is durable."""
-        if not any(self._afterwards(inbox) != "keep" for inbox in self._inboxes.values()):
-            return
+        """Archive or delete what was owed when its transcript became durable, whatever the settings have become since."""
         closed = [path for path, w in self.writers.items() if not w.keeper.usable or len(w.disposing) >= IN_FLIGHT_MAX]
         aside = sum(len(writer.disposing) + len(writer.postponed) for writer in self.writers.values())
         for row in self._ledger.owed_disposals(ROWS_AT_ONCE + aside, but=closed):

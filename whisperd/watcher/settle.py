@@ -19,7 +19,7 @@ from whisperd.watcher.source import Entry
 from whisperd.wire import Renamed
 
 REPEAT_S = 5.0  # what the ledger does not show by then is told again, and then more and more rarely: the daemon may have much to do
-REPEAT_MAX_S = 300.0
+REPEAT_MAX_S = 60.0
 WRITER_S = 1.0  # how often, at most, a quiet file is tried again that a writer has open
 WAITS_MAX = 50_000
 DOUBTS_MAX = 10_000  # files that are told as doubted and not answered by the ledger yet
