@@ -34,6 +34,7 @@ from whisperd.vocabulary import Failure, FailureKind
 from whisperd.wire import BatchDone, Frame
 
 OUTBOX_REFUSALS_MAX = 3
+CHOICE = 64  # of each kind of waiting jobs, besides those that are read ahead
 LOOK_S = 1.0  # while nobody has room, the queue is read only to see who waits
 
 
@@ -196,7 +197,8 @@ class Dispatcher:
         if not any(seat.free > 0 and not seat.suspect for seat in seats) and now - self._looked_at < LOOK_S:
             return
         self._looked_at, wall = now, time.time()
-        ready = [self._with_model(row) for row in self._ledger.ready(wall) if self.pool.of_job(row["id"]) is None]  # one cancelled may be
+        waiting = self._ledger.ready(wall, CHOICE + self._settings.intake.ahead)
+        ready = [self._with_model(row) for row in waiting if self.pool.of_job(row["id"]) is None]  # one cancelled may be
         usable = self.intake.usable()
         ready = [row for row in ready if row["spooled"] or row["inbox_id"] in usable]
         self.acceptance.take_ahead(queueing.in_order(ready, wall, in_hand=self._in_hand(), turns=self._turns))
@@ -291,6 +293,7 @@ class Dispatcher:
             logger.bind(job=job).info(f"job {job}: {error}")
             os.close(descriptor)
             self.pool.release(engine, job, time.monotonic())
+            self.wake()
             return
         if dropped:
             logger.bind(job=job, event="checkpoints_dropped").info(

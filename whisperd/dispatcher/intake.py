@@ -238,6 +238,7 @@ class Intake:
                 return  # this is no news
             case SourceOpened(job=job) if frame.descriptors:
                 self._opened(inbox, job, frame.descriptors[0])
+                return  # whoever asked has it now, and nothing else follows
             case SourceLost(job=job, reason=reason, what=what):
                 self._lost(inbox, job, reason, what)
         self._on_news()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from functools import lru_cache
 
 import msgspec
 
@@ -19,6 +20,11 @@ from whisperd.ledger.waiting import WaitingQueries
 from whisperd.vocabulary import JobOptions, Media, State, Window
 
 __all__ = ["LEARNED_KEY", "QUALITIES", "Queries", "Row"]
+
+
+@lru_cache(maxsize=256)
+def _options(text: str) -> JobOptions:
+    return msgspec.json.decode(text, type=JobOptions)
 
 
 class Queries(WaitingQueries, PathQueries, FigureQueries):
@@ -71,7 +77,8 @@ class Queries(WaitingQueries, PathQueries, FigureQueries):
         return list(self.jobs(state="running"))
 
     def options(self, row: Row) -> JobOptions:
-        return msgspec.json.decode(row["options"], type=JobOptions)
+        """What was asked for a job: mostly the same as for thousands of others."""
+        return _options(row["options"])
 
     def media(self, row: Row) -> Media | None:
         """What the container said of a job's file; None when it was not examined."""
