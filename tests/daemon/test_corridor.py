@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from installation import Installation
 from recordings import SENTENCES, Studio
+from tools.mounts import tmpfs
 
 from whisperd.ledger.queries import Queries
 
@@ -203,10 +203,7 @@ def test_too_little_room_is_waited_for(place: Installation, talk: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_copy_for_which_there_is_no_room_keeps_no_local_file(place: Installation, talk: Path) -> None:
     """With `spool = "always"` and a disk on which a copy would leave too little free, a local file is read where it lies, and done."""
-    place.state.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(place.state)], check=False).returncode != 0:
-        pytest.skip("cannot mount a tmpfs here")
-    try:
+    with tmpfs(place.state, "size=100m"):
         place.write_config(intake={"spool": "always", "free_min_mib": 80})
         place.drop(talk, "large.wav")
         with (place.inbox / "large.wav").open("ab") as file:
@@ -215,8 +212,6 @@ def test_a_copy_for_which_there_is_no_room_keeps_no_local_file(place: Installati
         assert place.run_once().code == 0
         row = place.job("large.wav")
         assert (row["state"], row["attempts"], row["spooled"]) == ("done", 1, 0)
-    finally:
-        subprocess.run(["umount", "-l", str(place.state)], check=False)
 
 
 # --- afterwards ------------------------------------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from whisperd.dispatcher.delivery import names
-from whisperd.dispatcher.intake import sighting_of
 from whisperd.dispatcher.reuse import question
 from whisperd.dispatcher.staging import DIRECTORY, StagingFailed, open_staged, stage
 from whisperd.errors import printable
 from whisperd.ledger.ledger import Ledger
 from whisperd.ledger.queries import Queries
+from whisperd.ledger.store import sighting_of
 from whisperd.outbox.__main__ import Desk, answer, prepare
 from whisperd.vocabulary import Failure, FailureKind, JobOptions, Segment, Sighting, Summary, Window, assemble
 from whisperd.watcher.names import Names

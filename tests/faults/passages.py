@@ -41,7 +41,6 @@ from corridor import (
 
 from whisperd.config import Settings
 from whisperd.dispatcher.delivery import ERROR_SUFFIX, error_text, names
-from whisperd.dispatcher.intake import sighting_of
 from whisperd.dispatcher.notices import bodies
 from whisperd.dispatcher.reuse import publish_again, question
 from whisperd.dispatcher.spool import Spool
@@ -50,6 +49,7 @@ from whisperd.engine.examiner import look
 from whisperd.engine.taking import Errand, Taker
 from whisperd.ledger.ledger import Ledger
 from whisperd.ledger.queries import Queries
+from whisperd.ledger.store import sighting_of
 from whisperd.outbox import disposal
 from whisperd.outbox.__main__ import answer, prepare
 from whisperd.vocabulary import Failure, FailureKind, Sighting

@@ -1,9 +1,9 @@
-"""Whether a watcher answers (intake.Pulse), and on which mounts a directory lies (nursery.mounts_above)."""
+"""Whether a watcher answers (intake.Pulse), and on which mounts a directory lies (ledger.connection.mounts_above)."""
 
 from __future__ import annotations
 
 from whisperd.dispatcher.intake import ASK_S, Pulse
-from whisperd.dispatcher.nursery import mounts_above
+from whisperd.ledger.connection import mounts_above
 
 
 def test_one_question_at_a_time() -> None:
@@ -30,6 +30,6 @@ def test_who_speaks_does_not_hang() -> None:
 
 def test_a_directory_lies_on_the_mounts_above_it() -> None:
     """All of them by name, the root's first; a name that only begins alike is none; the directory need not be there."""
-    points = [line.split(b" ")[4] for line in mounts_above(b"/proc/self/nowhere")]
+    points = [mount.point for mount in mounts_above(b"/proc/self/nowhere")]
     assert b"/" in points and b"/proc" in points
-    assert b"/proc" not in [line.split(b" ")[4] for line in mounts_above(b"/processes")]
+    assert b"/proc" not in [mount.point for mount in mounts_above(b"/processes")]

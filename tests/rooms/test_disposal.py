@@ -11,12 +11,12 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from tools.mounts import tmpfs
 
 from whisperd.child import Child
 from whisperd.outbox import archive as archive_of
@@ -31,19 +31,6 @@ NEWER = b"another recording that came later"
 MTIME_NS = 1_600_000_000_123_456_789
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount, or become somebody else")
-
-
-@contextmanager
-def tmpfs(where: Path, options: str = "size=256k") -> Iterator[Path]:
-    """A tiny filesystem of its own."""
-    where.mkdir(exist_ok=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)], capture_output=True, text=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.strip()}")
-    try:
-        yield where
-    finally:
-        subprocess.run(["umount", "-l", str(where)], check=False)
 
 
 def sighting(inbox: Path, path: bytes) -> Sighting:

@@ -7,7 +7,6 @@ import os
 import random
 import select
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from recordings import SENTENCES, Studio, cut, run, write_wav
+from tools.mounts import tmpfs
 
 from whisperd.child import Child
 from whisperd.engine.audio import Recording
@@ -405,24 +405,11 @@ def test_killed_at_any_moment_a_copy_is_whole_or_absent(tmp_path: Path) -> None:
 # --- no room -------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def small_disk(place: Path, mib: int) -> Iterator[Path]:
-    """A file system of this size; skips where none may be mounted."""
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "whisperd-test", place], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("no file system may be mounted here (needs root)")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
-
-
 def test_a_full_spool_waits(tmp_path: Path) -> None:
     """A copy that would not leave the free space asked for is not begun; one that does not fit after all, because others filled the disk
     meanwhile, leaves nothing. With room again it is taken."""
     source = noise_then_hole(tmp_path / "source", 40 << 20)
-    with small_disk(tmp_path / "disk", 64) as spool:
+    with tmpfs(tmp_path / "disk", "size=64m") as spool:
         examiner = Examiner(spool)
         refused = examiner.take(source, free_min_mib=30)
         assert (refused.failure.kind, refused.failure.code) == (FailureKind.WAITING, "spool_full") and refused.failure.hint
@@ -437,7 +424,7 @@ def test_a_full_spool_waits(tmp_path: Path) -> None:
 def test_a_disk_that_fills_while_copying(tmp_path: Path) -> None:
     """Somebody else takes the room in the middle of it: the copy ends there, and gives back what it had."""
     source = noise_then_hole(tmp_path / "source", 250 << 20)
-    with small_disk(tmp_path / "disk", 270) as spool:
+    with tmpfs(tmp_path / "disk", "size=270m") as spool:
         examiner = Examiner(spool)
         examiner.send(Take(job=1, spool=True, free_min_mib=2), source)
         with examiner.held(once=lambda: examiner.spooled() == ["1.partial"]), open(spool / "other", "wb") as other:

@@ -16,7 +16,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -83,24 +83,6 @@ def bring_to(ledger: Ledger, inbox: int, state: str, path: bytes, now: float = 1
         told = [("hook:/bin/true", f"msg_{job}", "{}")]
         ledger.publish(job, b"/out", [(path + b".txt", "txt", "ab")], now + 5, disposal="archive", notices=told)
     return job
-
-
-@pytest.fixture
-def state_dir(tmp_path: Path) -> str:
-    (tmp_path / "state").mkdir()
-    return str(tmp_path / "state")
-
-
-@pytest.fixture
-def ledger(state_dir: str) -> Iterator[Ledger]:
-    ledger = Ledger(state_dir, epoch="first life")
-    yield ledger
-    ledger.close()
-
-
-@pytest.fixture
-def inbox(ledger: Ledger) -> int:
-    return ledger.register_inbox(b"/in", b"/out", 1.0)
 
 
 def file_of(state_dir: str) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,24 +22,6 @@ from whisperd.vocabulary import Failure, FailureKind, JobOptions, Media, Sightin
 MEDIA = Media(container="mov", tracks=(Track(number=1, codec="aac", language="ces"),), duration_s=61.5, start_offset_s=0.25, video=True)
 SHARE_GONE = Failure(kind=FailureKind.WAITING, code="source_down", what="the share is gone")
 HOOK = "hook:/usr/bin/true#1"
-
-
-@pytest.fixture
-def state_dir(tmp_path: Path) -> str:
-    (tmp_path / "state").mkdir()
-    return str(tmp_path / "state")
-
-
-@pytest.fixture
-def ledger(state_dir: str) -> Iterator[Ledger]:
-    ledger = Ledger(state_dir, epoch="first life")
-    yield ledger
-    ledger.close()
-
-
-@pytest.fixture
-def inbox(ledger: Ledger) -> int:
-    return ledger.register_inbox(b"/in", b"/out", 1.0)
 
 
 def state_of(ledger: Ledger, job: int) -> str:

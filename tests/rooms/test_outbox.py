@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tools.mounts import tmpfs
 
 from whisperd.child import Child
 from whisperd.outbox import place
@@ -158,19 +159,6 @@ def own(files: tuple[PublishedFile, ...]) -> list[OwnFile]:
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away or mount")
-
-
-@contextmanager
-def tmpfs(where: Path, options: str = "size=256k") -> Iterator[Path]:
-    """A tiny filesystem of its own."""
-    where.mkdir(exist_ok=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)], capture_output=True, text=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.strip()}")
-    try:
-        yield where
-    finally:
-        subprocess.run(["umount", "-l", str(where)], check=False)
 
 
 # --- publishing ----------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from loguru import logger
 from whisperd.config import Settings
 from whisperd.dispatcher import queueing, retry, reuse
 from whisperd.dispatcher.examination import Errand, Examination
-from whisperd.dispatcher.intake import Inbox, Intake, sighting_of
+from whisperd.dispatcher.intake import Inbox, Intake
 from whisperd.dispatcher.nursery import Nursery
 from whisperd.dispatcher.profiles import PRIORITY, Asked, error_base, error_text
 from whisperd.dispatcher.profiles import Profiles as FolderProfiles
@@ -25,6 +25,7 @@ from whisperd.dispatcher.staging import StagingFailed
 from whisperd.errors import printable
 from whisperd.ledger.ledger import IllegalMove, Ledger, Settling
 from whisperd.ledger.queries import Row
+from whisperd.ledger.store import sighting_of
 from whisperd.vocabulary import Failure, FailureKind, Media, Sighting, State
 from whisperd.wire import Profiles, Sightings
 

@@ -17,13 +17,13 @@ from whisperd.child import Child
 from whisperd.config import InboxSettings, Settings, group_number, user_number
 from whisperd.dispatcher import notices
 from whisperd.dispatcher.complaints import JOB, Complaints
-from whisperd.dispatcher.intake import sighting_of
 from whisperd.dispatcher.notices import PublishedRow
 from whisperd.dispatcher.nursery import Keeper, Nursery
 from whisperd.dispatcher.retry import Backoff
 from whisperd.dispatcher.staging import StagingFailed, open_staged
 from whisperd.errors import printable
 from whisperd.ledger.ledger import IllegalMove, Ledger, NoSuchJob
+from whisperd.ledger.store import sighting_of
 from whisperd.vocabulary import Failure, FailureKind, SubtitleShape
 from whisperd.wire import (
     Dispose,

@@ -21,7 +21,6 @@ from whisperd.dispatcher.acceptance import Acceptance
 from whisperd.dispatcher.delivery import Delivery
 from whisperd.dispatcher.engines import Engine, Task
 from whisperd.dispatcher.gauge import Gauge
-from whisperd.dispatcher.intake import sighting_of
 from whisperd.dispatcher.notices import Notices
 from whisperd.dispatcher.nursery import Nursery
 from whisperd.dispatcher.planning import Planning
@@ -30,6 +29,7 @@ from whisperd.dispatcher.staging import DIRECTORY
 from whisperd.dispatcher.work import Work
 from whisperd.errors import printable
 from whisperd.ledger.ledger import IllegalMove, LeaseLost, Ledger
+from whisperd.ledger.store import sighting_of
 from whisperd.vocabulary import Failure, FailureKind
 from whisperd.wire import BatchDone, Frame
 
@@ -234,6 +234,8 @@ class Dispatcher:
 
         Of two with the same content and the same question one waits, and is published from the other's transcript.
         """
+        if not ready:
+            return
         in_hand = self._in_hand()
         making = {(row["sha256"], row["asked"]) for row in self._ledger.running()}
         ready = [row for row in ready if (row["sha256"], row["asked"]) not in making]
@@ -255,7 +257,7 @@ class Dispatcher:
         return {**row, "model": self._model_of(row)}
 
     def _model_of(self, row: queueing.Row) -> str:
-        model = self._ledger.options(dict(row)).model
+        model = self._ledger.options(row).model
         return (self.planning.choice.model if self.planning.choice else "") if model == "auto" else model
 
     def _claim(self, engine: Engine, row: queueing.Row, now: float, wall: float) -> bool:
@@ -354,9 +356,8 @@ class Dispatcher:
         """Why a one-time run can never be drained without somebody's help; "" while it can."""
         if self.pool.blocked is not None and self._ledger.open_work()["ready"]:
             return f"{self.pool.blocked.what} ({self.pool.blocked.hint})"
-        stands_still = self.acceptance.down() or ([self.no_room()] if self.no_room() else [])
-        if stands_still:
-            return stands_still[0]
+        if stands_still := next(iter(self.acceptance.down()), "") or self.no_room():
+            return stands_still
         stuck = self.delivery.stuck(OUTBOX_REFUSALS_MAX)
         if stuck:
             return stuck[0]

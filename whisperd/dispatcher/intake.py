@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -297,8 +297,3 @@ def watch_order(number: int, inbox: InboxSettings, settings: Settings) -> WatchI
         rescan_s=settings.watcher.rescan_s,
         poll_s=settings.watcher.poll_s,
     )
-
-
-def sighting_of(row: Mapping[str, Any]) -> Sighting:
-    """A job's file as it settled."""
-    return Sighting(**{name: row[name] for name in ("path", "dev", "inode", "size", "mtime_ns", "ctime_ns")})

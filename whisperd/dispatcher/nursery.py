@@ -9,8 +9,6 @@ something else was mounted meanwhile.
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +17,7 @@ from loguru import logger
 
 from whisperd.child import Child, Life
 from whisperd.dispatcher.retry import Backoff
+from whisperd.ledger.connection import Mount, mounts_above
 from whisperd.wire import Frame, Message, WireBroken, WireClosed
 
 OnFrame = Callable[[Any, Frame[Any]], None]
@@ -139,7 +138,7 @@ class Keeper:
         self._hello = hello
         self._handle = on_frame
         self._place = place
-        self._mounts: tuple[bytes, ...] = ()  # below which the place lay when the child was killed
+        self._mounts: tuple[Mount, ...] = ()  # below which the place lay when the child was killed
         self.name = name
         self.child: Child[Any] | None = None
         self.down = ""  # why there is no usable child, when there is none
@@ -201,17 +200,6 @@ class Keeper:
         self._start_at = now + pause_s
         self.down = f"{self.name} {how}"
         logger.bind(child=self.name).warning(f"{self.name} (pid {child.pid}) {how}; starting it again in {pause_s:g} s")
-
-
-def mounts_above(place: bytes) -> tuple[bytes, ...]:
-    """The mounts on the way to a directory, each as the kernel's line of it. By name: the directory itself is not asked, it may hang."""
-    found, place = [], os.path.normpath(place)
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        for line in mounts:
-            point = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split(b" ")[4])
-            if place == point or place.startswith(point.rstrip(b"/") + b"/"):
-                found.append(line)
-    return tuple(found)
 
 
 def _level_of(line: str) -> str:

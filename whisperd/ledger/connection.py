@@ -16,7 +16,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
 from sqlite_utils import Database
@@ -143,17 +143,29 @@ class NamingConnection(sqlite3.Connection):
         return self.cursor().executemany(*arguments)
 
 
+class Mount(NamedTuple):
+    """A line of /proc/self/mountinfo, and the directory that it is about."""
+
+    point: bytes
+    line: bytes
+
+
+def mounts_above(directory: bytes) -> tuple[Mount, ...]:
+    """The mounts on the way to a directory, as they were made. By name: the directory itself is not asked, it may hang."""
+    wanted = os.path.normpath(directory)
+    with open("/proc/self/mountinfo", "rb") as lines:
+        mounts = [Mount(re.sub(rb"\\([0-7]{3})", _octal, line.split(b" ")[4]), line) for line in lines]
+    return tuple(mount for mount in mounts if wanted == mount.point or wanted.startswith(mount.point.rstrip(b"/") + b"/"))
+
+
+def _octal(digits: re.Match[bytes]) -> bytes:
+    return bytes([int(digits[1], 8)])
+
+
 def filesystem_type(path: str | bytes) -> str:
-    """Type of the filesystem that holds `path` ("ext4", "nfs4", "fuse.sshfs"), from /proc/self/mountinfo; "" when not found."""
-    real = os.fsencode(os.path.realpath(path))
-    best, found = b"", ""
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        for line in mounts:
-            before, _, after = line.partition(b" - ")
-            point = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), before.split(b" ")[4])
-            if len(point) >= len(best) and (real == point or real.startswith(point.rstrip(b"/") + b"/")):
-                best, found = point, after.split(b" ")[0].decode()
-    return found
+    """Type of the filesystem that holds `path` ("ext4", "nfs4", "fuse.sshfs"); "" when not found."""
+    innermost_last = sorted(mounts_above(os.fsencode(os.path.realpath(path))), key=lambda mount: len(mount.point))
+    return innermost_last[-1].line.partition(b" - ")[2].split(b" ")[0].decode() if innermost_last else ""
 
 
 def is_network(filesystem: str) -> bool:

@@ -6,8 +6,9 @@ Here are the jobs, one by one and as lists. What waits is in `waiting`, what is 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from typing import Any
 
 import msgspec
 
@@ -76,7 +77,7 @@ class Queries(WaitingQueries, PathQueries, FigureQueries):
     def running(self) -> list[Row]:
         return list(self.jobs(state="running"))
 
-    def options(self, row: Row) -> JobOptions:
+    def options(self, row: Mapping[str, Any]) -> JobOptions:
         """What was asked for a job: mostly the same as for thousands of others."""
         return _options(row["options"])
 

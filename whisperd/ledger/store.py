@@ -175,6 +175,7 @@ def identity(sighting: Sighting) -> dict[str, Any]:
 
 
 def sighting_of(row: Mapping[str, Any]) -> Sighting:
+    """A job's file as it settled."""
     return Sighting(**{name: row[name] for name in ("path", "dev", "inode", "size", "mtime_ns", "ctime_ns")})
 
 
